@@ -1,0 +1,75 @@
+import pytest
+
+from videogru.config import Config, DataConfig, known_keys, parse_assignments, resolve_config
+from videogru.errors import ConfigError
+
+
+def test_later_layers_win() -> None:
+    config = resolve_config(
+        ("recipe", {"model": {"hidden_size": 64, "cell": "lstm"}}),
+        ("flags", {"model.hidden_size": 96}),
+        ("--set", {"model.hidden_size": 256}),
+    )
+    assert (config.model.hidden_size, config.model.cell) == (256, "lstm")
+    assert config.train == Config().train
+
+
+def test_yaml_round_trip() -> None:
+    import yaml
+
+    config = resolve_config(("x", {"data.dataset": "clips", "data.augment.flip": 0.5, "train.lr": 0.01}))
+    assert resolve_config(("file", yaml.safe_load(config.to_yaml()))) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": {"hiden_size": 3}}, ["model.hiden_size", "model.hidden_size", "here.yaml"]),
+        ({"model": {"hidden_size": 0}}, ["model.hidden_size", "0", "here.yaml"]),
+        ({"model": {"cell": "rnn"}}, ["model.cell", "rnn", "gru"]),
+        ({"train": {"lr": "fast"}}, ["train.lr", "fast"]),
+        ({"data.augment.flip": 1.5}, ["data.augment.flip", "1.5"]),
+    ],
+)
+def test_wrong_settings_name_key_value_and_origin(settings: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_config(("here.yaml", settings))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_assignments_are_yaml_values() -> None:
+    parsed = parse_assignments(["model.hidden_size=256", "data.augment.flip=0.5", "model.layer_norm=false"])
+    assert parsed == {"model.hidden_size": 256, "data.augment.flip": 0.5, "model.layer_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("model.hiden_size=1", "model.hidden_size"),
+        ("hidden_size=1", "model.hidden_size"),
+        ("model.hidden_size", "key=value"),
+        ("model.weights=[", "YAML"),
+    ],
+)
+def test_wrong_assignments(text: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        parse_assignments([text])
+
+
+def test_every_key_can_be_set_to_its_default() -> None:
+    """No key is known that the models would refuse."""
+    flat = {}
+    for key in known_keys():
+        value: object = Config()
+        for part in key.split("."):
+            value = getattr(value, part)
+        flat[key] = value
+    assert resolve_config(("all", flat)) == Config()
+
+
+def test_defaults_by_kind() -> None:
+    assert (DataConfig().for_kind("volume").channels, DataConfig().for_kind("volume").fit) == (1, "pad")
+    assert (DataConfig().for_kind("video").channels, DataConfig().for_kind("video").fit) == (3, "crop")
+    assert DataConfig().for_kind("image").num_frames == 1
+    assert DataConfig(channels=1).for_kind("video").channels == 1

@@ -1,0 +1,242 @@
+"""Every setting and its default: three frozen models, one home.
+
+Precedence: these defaults < recipe configs/NAME.yaml < --config FILE < flags < --set model.hidden_size=256.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from videogru.errors import ConfigError
+
+Kind = Literal["video", "volume", "image"]
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class AugmentConfig(Settings):
+    """Random changes of a training clip, the same for all its steps, drawn from (seed, epoch, index).
+
+    Ranges are symmetric around "no change"; 0 switches a change off. Video and stills are augmented as a batch on the
+    device; volumes in three dimensions by MONAI in the workers.
+    """
+
+    flip: Fraction = Field(0.0, description="probability of a mirror along the width (volumes: along each axis)")
+    rotate_degrees: float = Field(0.0, ge=0, le=180, description="largest rotation (volumes: about each axis)")
+    scale: Fraction = Field(0.0, description="largest relative zoom, in or out")
+    translate: Fraction = Field(0.0, description="largest shift as a fraction of the side")
+    brightness: Fraction = Field(0.0, description="largest change of brightness, as a fraction of full range")
+    contrast: Fraction = Field(0.0, description="largest relative change of contrast")
+    noise: Fraction = Field(0.0, description="largest sd of Gaussian noise, as a fraction of full range")
+    erase: Fraction = Field(0.0, description="probability of filling one random rectangle with the mean")
+
+
+class DataConfig(Settings):
+    """What is read from a source, and how a clip is cut from it."""
+
+    dataset: str = Field("", description="card name, folder with a subfolder per class, or manifest .csv")
+    data_dir: Path | None = Field(None, description="where the card's data lie; default: see `videogru data info NAME`")
+    frame_size: Positive = Field(112, description="height and width given to the encoder, pixels")
+    num_frames: Positive = Field(
+        16, description="steps per clip; a shorter source gives fewer and is padded and masked"
+    )
+    channels: Literal[1, 3] | None = Field(None, description="1 gray, 3 RGB; default: 1 for volumes, else 3")
+    fit: Literal["crop", "pad", "stretch"] | None = Field(
+        None, description="to a square: crop the center, pad, or stretch; default: pad for volumes, else crop"
+    )
+    decoder: Literal["auto", "pyav", "decord", "torchcodec"] = Field("auto", description="video decoder")
+    axis: Literal["axial", "coronal", "sagittal"] = Field("axial", description="axis along which a volume is unrolled")
+    intensity: Literal["percentile", "window"] = Field("percentile", description="how volume intensities map to 0..1")
+    percentile_low: float = Field(0.5, ge=0, le=100)
+    percentile_high: float = Field(99.5, ge=0, le=100)
+    window_low: float = Field(0.0, description="for intensity=window, in the scan's units (HU for CT)")
+    window_high: float = Field(255.0, description="for intensity=window")
+    val_fraction: Fraction = Field(0.15, description="share of groups held out, where the data set names no val split")
+    test_fraction: Fraction = Field(0.15, description="the same for the test split")
+    split_seed: int = Field(
+        0, ge=0, description="of the splits that are drawn; apart from train.seed, so that seeds share them"
+    )
+    max_bad: int = Field(100, ge=0, description="unreadable training files that are skipped before the run stops")
+    augment: AugmentConfig = AugmentConfig()
+
+    def for_kind(self, kind: Kind) -> "DataConfig":
+        """The same with the defaults that depend on the kind of source filled in."""
+        volume = kind == "volume"
+        return self.model_copy(
+            update={
+                "channels": self.channels or (1 if volume else 3),
+                "fit": self.fit or ("pad" if volume else "crop"),
+                "num_frames": 1 if kind == "image" else self.num_frames,
+            }
+        )
+
+
+class ModelConfig(Settings):
+    """encoder -> serialize -> recurrent -> head."""
+
+    encoder: Literal[
+        "small", "resnet18", "resnet34", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large", "conv2", "pixels"
+    ] = "small"
+    encoder_width: Positive = Field(
+        32, description="channels of the first stage (small) or of the 1x1 convolution (pixels)"
+    )
+    weights: str = Field("none", description="none, imagenet, or a .safetensors file with the encoder's tensors")
+    stem: Literal["auto", "imagenet", "small"] = Field(
+        "auto", description="first layers of torchvision encoders; auto: small up to 64 pixels"
+    )
+    seq: Literal["frames", "slices", "rows", "cols", "grid"] = "frames"
+    cell: Literal["gru", "lstm", "none"] = Field("gru", description="none: no recurrent part, the order-free twin")
+    temporal: Literal["bi", "causal"] = "bi"
+    hidden_size: Positive = Field(128, description="units per direction")
+    num_layers: Positive = 1
+    pooling: Literal["last", "mean", "max", "attention"] = "mean"
+    layer_norm: bool = Field(True, description="LayerNorm after the recurrent part")
+    input_dropout: Fraction = Field(0.3, description="before each recurrent layer")
+    dropout: Fraction = Field(0.5, description="before the linear head")
+
+
+class TrainConfig(Settings):
+    """The article's recipe, and what we add as options."""
+
+    epochs: Positive = 30
+    batch_size: Positive = Field(32, description="per process")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = Field(1e-4, ge=0)
+    label_smoothing: Fraction = 0.1
+    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: Fraction = Field(0.1, description="share of all steps with a linearly rising rate")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: inverse class frequency")
+    early_stopping: int = Field(0, ge=0, description="epochs without a better validation score before stopping; 0: off")
+    keep: Literal["best", "last"] = Field(
+        "best", description="weights that are kept: best validation score, or last epoch"
+    )
+    ema_decay: Fraction = Field(0.0, description="decay per step of the averaged weights that are kept; 0: off")
+    seed: int = Field(0, ge=0)
+    num_workers: int | None = Field(
+        None, ge=0, description="reader processes; default: one per core but one, at most 8"
+    )
+    devices: Positive = Field(1, description="GPUs or processes per node")
+    nodes: Positive = 1
+
+
+class Config(Settings):
+    """The whole of a run's settings."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+    def to_yaml(self) -> str:
+        """YAML that `--config` takes back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def known_keys(settings: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All dotted keys, in order of definition."""
+    keys: list[str] = []
+    for name, field in settings.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += known_keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def nearest(word: str, among: Iterable[str]) -> str:
+    """' Did you mean ...?' for the nearest known word, else ''."""
+    close = get_close_matches(word, list(among), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]}?" if close else ""
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """`model.hidden_size=256` strings as {dotted key: value}; values are read as YAML.
+
+    Raises ConfigError on a missing '=' or an unknown key, naming the nearest.
+    """
+    keys = known_keys()
+    parsed: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ConfigError(f"--set wants key=value, got {text!r}", hint="Example: --set model.hidden_size=256")
+        if key not in keys:
+            by_last = [known for known in keys if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+            hint = f"Did you mean {by_last[0]}?" if by_last else nearest(key, keys) or "Keys: " + ", ".join(keys)
+            raise ConfigError(f"unknown key {key!r} in --set", hint=hint)
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of --set {key} is no YAML: {value!r}") from error
+    return parsed
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """A recipe or saved config as nested dictionaries. Raises ConfigError where it is missing or no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError("no such config file", where=path) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot be read as YAML: {error}", where=path) from error
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ConfigError("expected sections data, model and train", where=path)
+    return dict(content)
+
+
+def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> Config:
+    """Lay (origin, settings) over the defaults, later ones win; settings are nested or dotted.
+
+    Raises ConfigError that names the key, the value, where it came from and the nearest valid key.
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, settings in layers:
+        for key, value in _flatten(settings):
+            merged[key] = value
+            origins[key] = origin
+    nested: dict[str, Any] = {}
+    for key, value in merged.items():
+        *sections, last = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{key!r} goes below a plain value", where=origins[key])
+        place[last] = value
+    try:
+        return Config.model_validate(nested)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        given_in = next((o for k, o in origins.items() if k == key or k.startswith(key + ".")), None)
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"unknown key {key!r}", where=given_in, hint=nearest(key, known_keys()) or None) from None
+        raise ConfigError(f"{key} = {first['input']!r}: {first['msg'].lower()}", where=given_in) from None
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,139 @@
+"""Random changes of training clips, pure functions of (seed, epoch, index): no worker count or order can alter them."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from videogru.config import AugmentConfig
+from videogru.shapes import BatchFrames, ClipFrames
+
+# Separate streams, so that switching one use off leaves the others as they were.
+_SAMPLING, _PICTURE, _NOISE, _VOLUME = range(4)
+_PICTURE_DRAWS = 12
+
+
+def sampling_draws(seed: int, epoch: int, index: int, count: int) -> NDArray[np.float64]:
+    """(count,) numbers in [0, 1) that place the frames of one clip inside their segments."""
+    return np.random.default_rng((seed, epoch, index, _SAMPLING)).random(count)
+
+
+def augment_batch(
+    frames: BatchFrames, *, config: AugmentConfig, seed: int, epoch: int, indices: list[int]
+) -> BatchFrames:
+    """Video and stills: one random change per clip of (B T C H W), as float32 in 0..1, on the frames' own device."""
+    if frames.dtype == torch.uint8:
+        frames = frames.float() / 255
+    if config == AugmentConfig():
+        return frames
+    draws = torch.from_numpy(
+        np.stack([np.random.default_rng((seed, epoch, index, _PICTURE)).random(_PICTURE_DRAWS) for index in indices])
+    ).to(frames.device, torch.float32)
+    frames = _move(frames, config, draws[:, :5])
+    if config.contrast or config.brightness:
+        frames = _relight(frames, config, draws[:, 5:7])
+    if config.noise:
+        strength = draws[:, 7] * config.noise
+        noise = torch.stack([_normal(seed, epoch, index, frames.shape[1:]) for index in indices]).to(frames.device)
+        frames = (frames + noise * strength.view(-1, 1, 1, 1, 1)).clamp(0, 1)
+    return _erase(frames, config.erase, draws[:, 8:12]) if config.erase else frames
+
+
+def _normal(seed: int, epoch: int, index: int, shape: torch.Size) -> torch.Tensor:
+    generator = np.random.default_rng((seed, epoch, index, _NOISE))
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def _move(frames: torch.Tensor, config: AugmentConfig, draws: torch.Tensor) -> torch.Tensor:
+    """Mirror, turn, zoom and shift with one resampling; all steps of a clip move together."""
+    if not (config.flip or config.rotate_degrees or config.scale or config.translate):
+        return frames
+    sides = 2 * draws - 1
+    mirror = torch.where(draws[:, 0] < config.flip, -1.0, 1.0)
+    angle = sides[:, 1] * math.radians(config.rotate_degrees)
+    # Zooming in by s and out by s are equally likely and undo each other.
+    zoom = torch.exp(sides[:, 2] * math.log1p(config.scale))
+    size = torch.tensor(frames.shape[-2:], device=frames.device, dtype=torch.float32)
+    # Whole pixels: a shift alone then copies pixels and never blurs them.
+    shift = torch.round(sides[:, 3:5] * config.translate * size) * 2 / size
+    cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+    theta = torch.stack(
+        [
+            torch.stack([cos * mirror, -sin, shift[:, 1]], dim=1),
+            torch.stack([sin * mirror, cos, shift[:, 0]], dim=1),
+        ],
+        dim=1,
+    )
+    flat = frames.flatten(1, 2)
+    grid = F.affine_grid(theta, list(flat.shape), align_corners=False)
+    return F.grid_sample(flat, grid, padding_mode="reflection", align_corners=False).view_as(frames)
+
+
+def _relight(frames: torch.Tensor, config: AugmentConfig, draws: torch.Tensor) -> torch.Tensor:
+    sides = (2 * draws - 1).view(-1, 2, 1, 1, 1, 1)
+    mean = frames.mean(dim=(1, 2, 3, 4), keepdim=True)
+    contrast = torch.exp(sides[:, 0] * math.log1p(config.contrast))
+    return ((frames - mean) * contrast + mean + sides[:, 1] * config.brightness).clamp(0, 1)
+
+
+def _erase(frames: torch.Tensor, probability: float, draws: torch.Tensor) -> torch.Tensor:
+    """One square with a side of 1/4 to 1/2 of the frame becomes the clip's mean (DeVries and Taylor 2017, section 3)."""
+    height, width = frames.shape[-2:]
+    side = 0.25 + 0.25 * draws[:, 1:2]
+    rows = (torch.arange(height, device=frames.device) + 0.5) / height
+    cols = (torch.arange(width, device=frames.device) + 0.5) / width
+    inside_rows = (rows - draws[:, 2:3]).abs() < side / 2
+    inside_cols = (cols - draws[:, 3:4]).abs() < side / 2
+    hole = inside_rows[:, :, None] & inside_cols[:, None, :] & (draws[:, 0] < probability)[:, None, None]
+    mean = frames.mean(dim=(1, 2, 3, 4), keepdim=True)
+    return torch.where(hole[:, None, None], mean, frames)
+
+
+def augment_volume(frames: ClipFrames, *, config: AugmentConfig, seed: int, epoch: int, index: int) -> ClipFrames:
+    """A volume's slices (T C H W) float32 in 0..1, changed in three dimensions by MONAI; same shape."""
+    if config == AugmentConfig():
+        return frames
+    pipeline = _volume_pipeline(config, tuple(frames.shape))
+    pipeline.set_random_state(seed=int(np.random.SeedSequence((seed, epoch, index, _VOLUME)).generate_state(1)[0]))
+    changed = pipeline(frames.transpose(0, 1).contiguous())
+    return torch.as_tensor(changed).transpose(0, 1).clamp(0, 1).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _volume_pipeline(config: AugmentConfig, shape: tuple[int, ...]) -> Any:
+    # MONAI takes seconds to import; only trainings on volumes pay for it.
+    from monai import transforms
+
+    depth, _, height, width = shape
+    steps: list[Any] = [transforms.RandFlip(prob=config.flip, spatial_axis=axis) for axis in range(3) if config.flip]
+    if config.rotate_degrees or config.scale or config.translate:
+        angle = math.radians(config.rotate_degrees)
+        steps.append(
+            transforms.RandAffine(
+                prob=1.0,
+                rotate_range=(angle, angle, angle),
+                scale_range=(config.scale,) * 3,
+                translate_range=[config.translate * side for side in (depth, height, width)],
+                mode="bilinear",
+                padding_mode="zeros",
+            )
+        )
+    if config.contrast:
+        steps.append(transforms.RandScaleIntensity(factors=config.contrast, prob=1.0))
+    if config.brightness:
+        steps.append(transforms.RandShiftIntensity(offsets=config.brightness, prob=1.0))
+    if config.noise:
+        steps.append(transforms.RandGaussianNoise(prob=1.0, std=config.noise))
+    if config.erase:
+        sides = [max(1, side // 4) for side in (depth, height, width)]
+        largest = [max(1, side // 2) for side in (depth, height, width)]
+        steps.append(
+            transforms.RandCoarseDropout(
+                holes=1, spatial_size=sides, max_spatial_size=largest, fill_value=0.0, prob=config.erase
+            )
+        )
+    return transforms.Compose([*steps, transforms.ToTensor(track_meta=False)])

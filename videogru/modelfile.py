@@ -1,0 +1,282 @@
+"""The one file inference needs: tensors in .safetensors, everything else as JSON in its header. Never a pickle."""
+
+import contextlib
+import json
+import os
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from videogru import __version__
+from videogru.config import DataConfig, Kind, ModelConfig
+from videogru.errors import ModelFileError, VideogruError
+from videogru.models.classifier import Classifier, Normalize
+
+FORMAT_VERSION = 1
+MODEL_FILE_NAME = "model.safetensors"
+_HEADER_KEY = "videogru"
+_PER_CHANNEL = Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=3)]
+
+
+class ModelCard(BaseModel):
+    """What a model is and how its input is made.
+
+    model: architecture (its `temporal` tells streaming models); data: preprocessing and sampling; classes: names in the
+    order of the logits; mean, std: per channel, of frames in 0..1; frame_size: pixels, as in data; versions: packages
+    that wrote it; dataset, license: of the training data; metrics: scores by name; created: UTC.
+    """
+
+    # A metric may be nan, which JSON has no number for.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
+
+    format_version: int
+    kind: Kind
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    model: ModelConfig
+    data: DataConfig
+    in_channels: Annotated[int, Field(ge=1, le=3)]
+    frame_size: Annotated[int, Field(ge=1)]
+    mean: _PER_CHANNEL
+    std: _PER_CHANNEL
+    versions: dict[str, str]
+    dataset: str
+    license: str
+    metrics: dict[str, float]
+    created: datetime
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ModelCard":
+        if not len(self.mean) == len(self.std) == self.in_channels or min(self.std) <= 0:
+            raise ValueError(f"mean and std want {self.in_channels} values, std above 0")
+        if self.frame_size != self.data.frame_size:
+            raise ValueError(f"frame_size {self.frame_size} but data.frame_size {self.data.frame_size}")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("class names repeat")
+        return self
+
+    @property
+    def temporal(self) -> str:
+        """Temporal mode: bi or causal."""
+        return self.model.temporal
+
+
+def make_card(
+    classifier: Classifier,
+    *,
+    kind: Kind,
+    classes: tuple[str, ...],
+    data: DataConfig,
+    dataset: str = "",
+    license: str = "",
+    metrics: dict[str, float] | None = None,
+) -> ModelCard:
+    """The card of a classifier, with this moment and the installed versions. Raises ValueError where they disagree."""
+    versions = {"videogru": __version__}
+    for package in ("torch", "torchvision", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return ModelCard(
+        format_version=FORMAT_VERSION,
+        kind=kind,
+        classes=classes,
+        model=classifier.config,
+        data=data,
+        in_channels=classifier.in_channels,
+        frame_size=classifier.frame_size,
+        mean=classifier.mean,
+        std=classifier.std,
+        versions=versions,
+        dataset=dataset,
+        license=license,
+        metrics=metrics or {},
+        created=datetime.now(UTC),
+    )
+
+
+def write_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
+    """Write one model file, whole or not at all. Paths of this machine (data_dir, folders of weights) are left out.
+
+    Raises ValueError where card and classifier disagree, VideogruError where the file cannot be written.
+    """
+    if card.model != classifier.config or len(card.classes) != classifier.num_classes:
+        raise ValueError("the card describes another classifier")
+    if card.frame_size != classifier.frame_size or (card.mean, card.std) != (classifier.mean, classifier.std):
+        raise ValueError("the card describes other frames than the classifier takes")
+    data = card.data.model_copy(update={"data_dir": None})
+    model = card.model.model_copy(update={"weights": Path(card.model.weights).name})
+    card = card.model_copy(update={"data": data, "model": model})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+    content = save(tensors, metadata={_HEADER_KEY: card.model_dump_json()})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise VideogruError(
+            f"the model cannot be written: {error.strerror}",
+            where=path,
+            hint="Choose a folder that exists, is writable and has space.",
+        ) from error
+
+
+def read_card(path: Path) -> ModelCard:
+    """The card of a model file; reads its header only. Raises ModelFileError."""
+    with _opened(path) as file:
+        return _card_of(path, file.metadata())
+
+
+def read_model(path: Path, device: torch.device | str = "cpu") -> tuple[Classifier, ModelCard]:
+    """The classifier, in eval mode on `device`, and its card. Fetches nothing, runs nothing of the file.
+
+    Raises ModelFileError where the file is not a whole model file of this format: every tensor must be there, with the
+    shape and type that the card's architecture has, and none besides.
+    """
+    with _opened(path) as file:
+        card = _card_of(path, file.metadata())
+        names = set(file.keys())
+        classifier = _empty_classifier(path, card, len(names))
+        wanted = classifier.state_dict()
+        wrong = [f"missing {name}" for name in wanted if name not in names]
+        wrong += [f"unexpected {name}" for name in sorted(names - wanted.keys())]
+        if wrong:
+            raise _misfit(path, wrong)
+        for name, tensor in wanted.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(tensor.shape):
+                wrong.append(f"{name} has shape {shape}, not {tuple(tensor.shape)}")
+        if wrong:
+            raise _misfit(path, wrong)
+        # Copies: a mapped file that is cut short later would end the process.
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in wanted}
+    wrong = [f"{n} is {tensors[n].dtype}, not {wanted[n].dtype}" for n in wanted if tensors[n].dtype != wanted[n].dtype]
+    if wrong:
+        raise _misfit(path, wrong)
+    classifier.load_state_dict(tensors, assign=True)
+    classifier.normalize = Normalize(card.mean, card.std)
+    classifier.encoder.to(memory_format=torch.channels_last)
+    classifier.config = card.model
+    return classifier.eval().to(device), card
+
+
+def find_model(path: Path) -> Path:
+    """The model file that `path` names: itself, or model.safetensors of a run folder. Raises ModelFileError."""
+    if path.is_dir():
+        inside = path / MODEL_FILE_NAME
+        if inside.is_file():
+            return inside
+        raise ModelFileError(
+            f"this folder has no {MODEL_FILE_NAME}",
+            where=path,
+            hint="Name a finished run, or a .safetensors model file.",
+        )
+    if not path.is_file():
+        raise _missing(path)
+    return path
+
+
+def newest_model(runs: Path, kind: Kind | None = None) -> Path | None:
+    """The newest runs/*/model.safetensors, of that kind of source where one is given; unreadable ones do not count."""
+    files = [file for file in runs.glob(f"*/{MODEL_FILE_NAME}") if file.is_file()]
+    for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):
+        try:
+            card = read_card(file)
+        except ModelFileError:
+            continue
+        if kind is None or card.kind == kind:
+            return file
+    return None
+
+
+def _opened(path: Path) -> Any:
+    if path.is_dir():
+        raise ModelFileError("this is a folder, not a model file", where=path, hint=f"Name {path / MODEL_FILE_NAME}.")
+    if not path.exists():
+        raise _missing(path)
+    try:
+        # Checks the header's offsets against the size of the file; tensors are mapped, not read.
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        if path.suffix in (".ckpt", ".pth", ".pt", ".pkl", ".bin"):
+            what = f"a {path.suffix} file is no model file, and it is not opened: pickles can run code"
+            raise ModelFileError(what, where=path, hint=f"Name the {MODEL_FILE_NAME} of the same run.") from error
+        what = f"damaged, cut short, or no .safetensors file: {error}"
+        raise ModelFileError(what, where=path, hint="Copy it again, or train again.") from error
+    except OSError as error:
+        raise ModelFileError(f"cannot be read: {error}", where=path, hint="Check the file's permissions.") from error
+
+
+def _missing(path: Path) -> ModelFileError:
+    return ModelFileError("no such file", where=path, hint="Train a model first (videogru train), or check the path.")
+
+
+def _card_of(path: Path, header: dict[str, str] | None) -> ModelCard:
+    """The card in a header, checked; the version first, as a newer format may hold anything."""
+    text = (header or {}).get(_HEADER_KEY)
+    if text is None:
+        raise ModelFileError(
+            "these tensors were not written by videogru: the header has no card",
+            where=path,
+            hint="Train with model.weights=FILE to start from an encoder's tensors.",
+        )
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError("the card in the header is no JSON", where=path, hint="Copy the file again.") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if type(version) is not int or version < 1:
+        raise ModelFileError(f"format version {version!r} does not exist", where=path, hint="Copy the file again.")
+    if version > FORMAT_VERSION:
+        raise ModelFileError(
+            f"format version {version}, and videogru {__version__} reads up to {FORMAT_VERSION}",
+            where=path,
+            hint="Update videogru: pip install --upgrade videogru",
+        )
+    try:
+        return ModelCard.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "card"
+        raise ModelFileError(
+            f"the card in the header does not hold: {key}: {first['msg']}",
+            where=path,
+            hint="The file was edited or written by another version; train again.",
+        ) from error
+
+
+def _empty_classifier(path: Path, card: ModelCard, num_tensors: int) -> Classifier:
+    """The card's classifier without memory for its tensors: a header's claims are compared before any is taken."""
+    if card.model.num_layers > num_tensors:
+        raise _misfit(path, [f"{card.model.num_layers} recurrent layers but {num_tensors} tensors"])
+    try:
+        with torch.device("meta"):
+            return Classifier(
+                card.model.model_copy(update={"weights": "none"}),
+                in_channels=card.in_channels,
+                frame_size=card.frame_size,
+                num_classes=len(card.classes),
+                mean=card.mean,
+                std=card.std,
+            )
+    except (VideogruError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise _misfit(path, [f"no such model can be built ({error})"]) from error
+
+
+def _misfit(path: Path, wrong: list[str]) -> ModelFileError:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return ModelFileError(
+        f"tensors and card do not fit: {'; '.join(wrong[:3])}{more}",
+        where=path,
+        hint="The file was edited or written by another version; train again.",
+    )

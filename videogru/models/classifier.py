@@ -1,0 +1,111 @@
+"""The whole model: normalize, encode each frame, serialize, read the steps, pool, classify."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from videogru.config import ModelConfig
+from videogru.models.encoder import build_encoder
+from videogru.models.head import Head
+from videogru.models.recurrent import Recurrent
+from videogru.models.serialize import serialize, step_size, steps_per_frame, valid_steps
+from videogru.shapes import BatchFrames, Lengths, Logits
+
+
+class Normalize(nn.Module):
+    """Frames (N C H W), uint8 in 0..255 or float in 0..1, to float with `mean` and `std` (C each) taken out."""
+
+    # Not in the state dict: mean and std are arguments of the Classifier, and a model file keeps them in its header.
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        if not mean or len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean and std want one value per channel, std above 0; got {mean} and {std}")
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, frames: Tensor) -> Float[Tensor, "N C H W"]:
+        """The same frames about zero, in the floating type of the model."""
+        scale = 255 if frames.dtype == torch.uint8 else 1
+        return (frames.to(self.mean.dtype) / scale - self.mean) / self.std
+
+
+class Classifier(nn.Module):
+    """Clips to logits: frames (B T C H W), uint8 in 0..255 or float in 0..1, and lengths (B,) int64 -> (B K) float32.
+
+    frame_size: H = W in pixels; mean, std: one value per channel, of frames in 0..1. Steps past a clip's length are
+    padding: in training they do not enter the encoder (BatchNorm would count them), in eval mode nothing of them
+    reaches the result: the logits of a clip do not depend on its batch. Raises ConfigError where settings do not fit.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        in_channels: int,
+        frame_size: int,
+        num_classes: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        if len(mean) != in_channels:
+            raise ValueError(f"{in_channels} channels but {len(mean)} means")
+        self.config = model
+        self.in_channels = in_channels
+        self.frame_size = frame_size
+        self.num_classes = num_classes
+        self.mean = mean
+        self.std = std
+        self.normalize = Normalize(mean, std)
+        self.encoder = build_encoder(model, in_channels=in_channels, frame_size=frame_size)
+        h, w = self.encoder.map_size(in_channels, frame_size)
+        self.steps_per_frame = steps_per_frame(model.seq, h, w)
+        self.recurrent = Recurrent(model, step_size(model.seq, self.encoder.out_channels, h, w))
+        self.head = Head(model, self.recurrent.out_size, num_classes)
+        self.encoder.to(memory_format=torch.channels_last)
+
+    def forward(self, frames: BatchFrames, lengths: Lengths) -> Logits:
+        """Unnormalized scores of the classes; float32 (float64 for a model in float64), also under autocast."""
+        outputs, step_lengths = self.features(frames, lengths)
+        with torch.autocast(frames.device.type, enabled=False):
+            logits: Tensor = self.head(outputs, step_lengths)
+            return logits
+
+    def features(self, frames: BatchFrames, lengths: Lengths) -> tuple[Float[Tensor, "B S F"], Lengths]:
+        """What the head pools: states (B S F), zeros at padding, and the valid steps of each clip (B,)."""
+        c, h, w = frames.shape[2:]
+        if c != self.in_channels or h != self.frame_size or w != self.frame_size:
+            wanted = f"(B T {self.in_channels} {self.frame_size} {self.frame_size})"
+            raise ValueError(f"frames are (B T {c} {h} {w}), but this model takes {wanted}")
+        maps = self._maps(frames, lengths)
+        step_lengths = lengths * self.steps_per_frame
+        outputs: Tensor = self.recurrent(serialize(maps, self.config.seq), step_lengths)
+        return outputs, step_lengths
+
+    def describe(self) -> dict[str, int]:
+        """How many parameters each part has, and how many steps a frame gives."""
+        parts = {"encoder": self.encoder, "recurrent": self.recurrent, "head": self.head}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        return {**counts, "total": sum(counts.values()), "steps_per_frame": self.steps_per_frame}
+
+    def _maps(self, frames: BatchFrames, lengths: Lengths) -> Float[Tensor, "B T D h w"]:
+        batch, steps = frames.shape[:2]
+        flat = frames.flatten(0, 1)
+        valid = valid_steps(lengths, steps).flatten()
+        # Only in training: indexing by data would stop an export or a compiled graph.
+        if self.training and steps > 1 and not bool(valid.all()):
+            seen = self._encode(flat[valid])
+            maps = seen.new_zeros(batch * steps, *seen.shape[1:])
+            maps[valid] = seen
+        else:
+            maps = self._encode(flat)
+        by_clip: Tensor = maps.unflatten(0, (batch, steps))
+        return by_clip
+
+    def _encode(self, frames: Tensor) -> Float[Tensor, "N D h w"]:
+        # Convolutions on a CPU, and in bf16 on a GPU, are faster with the channels innermost.
+        maps: Tensor = self.encoder(self.normalize(frames).contiguous(memory_format=torch.channels_last))
+        return maps
