@@ -1,9 +1,10 @@
 """What every reader offers, whatever it reads."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,7 +13,23 @@ from numpy.typing import NDArray
 from videogru.config import Kind
 from videogru.sequence import Unit
 
+SUFFIXES: dict[Kind, frozenset[str]] = {
+    "video": frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .asf .flv .gif .3gp .3g2 .ogv .vob".split()),
+    "volume": frozenset(".nii .nii.gz .hdr .hdr.gz .img .img.gz .mgh .mgz .mgh.gz".split()),
+    "image": frozenset(".png .jpg .jpeg .bmp .tif .tiff .webp".split()),
+}
+_KIND_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 
+
+def kind_of_name(name: str) -> Kind | None:
+    """The kind a file name's suffix stands for, None for an unknown one."""
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix == ".gz":
+        suffix = os.path.splitext(stem)[1] + suffix
+    return _KIND_OF.get(suffix)
+
+
+@runtime_checkable
 class FrameSource(Protocol):
     """One opened source: where its steps lie, and a way to read some of them. Use it in a `with` block.
 
@@ -40,7 +57,7 @@ class FrameSource(Protocol):
         """Let go of the file; may be called twice."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> "FrameSource": ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

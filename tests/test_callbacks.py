@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+
+from videogru.errors import DataError
+from videogru.training.callbacks import BadFiles, rank
+
+
+def test_auroc_decides_before_accuracy_and_loss_breaks_ties() -> None:
+    better = {"val_auroc": 0.9, "val_accuracy": 0.5, "val_loss": 1.0}
+    worse = {"val_auroc": 0.8, "val_accuracy": 0.9, "val_loss": 0.1}
+    assert rank(better) > rank(worse)
+    assert rank({"val_accuracy": 0.5, "val_loss": 0.4}) > rank({"val_accuracy": 0.5, "val_loss": 0.5})
+
+
+def test_bad_files_are_listed_once_and_too_many_stop_the_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    bad = BadFiles(tmp_path, lambda row: f"clip-{row}.mp4", limit=2, say=said.append)
+    bad.add(3, "cut short")
+    bad.add(3, "cut short")
+    bad.add(5, "empty, and with a comma")
+    with pytest.raises(DataError, match=r"max_bad = 2"):
+        bad.add(7, "gone")
+    lines = (tmp_path / "bad_files.csv").read_text().splitlines()
+    assert lines == [
+        "row,source,reason",
+        "3,clip-3.mp4,cut short",
+        '5,clip-5.mp4,"empty, and with a comma"',
+        "7,clip-7.mp4,gone",
+    ]
+    assert len(said) == 3

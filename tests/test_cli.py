@@ -1,0 +1,152 @@
+"""The command line as a user types it: flags, exit codes, one message for one mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from videogru import cli
+
+
+def run(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["videogru", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Type a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_flags_grow_only_on_purpose() -> None:
+    """The public flags. Everything else is a --set key."""
+    command = typer.main.get_command(cli.app)
+    flags = {}
+    for name, sub in command.commands.items():
+        for inner_name, inner in ({name: sub} if not hasattr(sub, "commands") else sub.commands).items():
+            flags[f"{name} {inner_name}" if inner is not sub else name] = [
+                parameter.opts[-1] for parameter in inner.params if parameter.name != "help"
+            ]
+    assert flags == {
+        "train": [
+            *("--dataset", "--data-dir", "--seq", "--encoder", "--config", "--epochs", "--batch-size", "--lr"),
+            *("--devices", "--nodes", "--resume", "--seed", "--out", "--set"),
+        ],
+        "eval": ["run_or_model", "--split", "--dataset", "--data-dir", "--device", "--out"],
+        "infer": ["paths", "--model", "--out", "--format", "--top-k", "--device", "--set"],
+        "data list": [],
+        "data info": ["name_or_folder", "--data-dir", "--set"],
+    }
+
+
+def test_help_is_light() -> None:
+    """No torch, no Lightning, no NumPy before a command runs."""
+    script = (
+        "import sys; sys.argv = ['videogru', '--help']\n"
+        "from videogru.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'pytorch_lightning', 'monai', 'matplotlib', 'pydantic') if m in sys.modules])"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert finished.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", [["train"], ["eval"], ["infer"], ["data", "list"], ["data", "info"]])
+def test_every_command_shows_examples(typed, command: list[str]) -> None:
+    code, out, _ = typed(*command, "--help")
+    assert code == 0
+    assert f"videogru {' '.join(command)}" in out
+
+
+def test_version(typed) -> None:
+    import videogru
+
+    assert typed("--version")[:2] == (0, f"videogru {videogru.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], ["no data set", "videogru train --dataset"]),
+        (["train", "--dataset", "grid_digit"], ["grid_digit", "grid_digits"]),
+        (["train", "--dataset", "no-such-folder/"], ["no-such-folder"]),
+        (["train", "--dataset", "adrenalmnist3d", "--set", "model.hiden_size=3"], ["model.hidden_size"]),
+        (["train", "--dataset", "adrenalmnist3d", "--seq", "columns"], ["model.seq", "columns"]),
+        (["train", "--dataset", "adrenalmnist3d", "--config", "nope"], ["nope", "adrenalmnist3d"]),
+        (["train", "--dataset", "adrenalmnist3d", "--config", "nope.yaml"], ["nope.yaml"]),
+        (["train", "--dataset", "adrenalmnist3d", "--lr", "0"], ["train.lr"]),
+        (["train", "--resume", "absent"], ["absent"]),
+        (["train", "--resume", "absent", "--epochs", "3"], ["--resume"]),
+        (["train", "--dataset", "kinetics400", "--data-dir", "."], ["train.csv"]),
+        (["train", "--epochs", "many"], ["many"]),
+        (["train", "--no-such-flag"], ["no-such-flag"]),
+        (["no-such-command"], ["no-such-command"]),
+        (["eval", "absent"], ["absent"]),
+        (["eval", "."], ["model.safetensors"]),
+        (["infer", "scan.nii.gz"], ["videogru train --dataset adrenalmnist3d"]),
+        (["infer", "clip.mp4"], ["videogru train --dataset grid_digits"]),
+        (["infer", "cat.png"], ["videogru train --dataset cifar100 --seq rows"]),
+        (["infer", "scan.nii.gz", "--model", "absent.safetensors"], ["absent.safetensors"]),
+        (["infer", "scan.nii.gz", "--out", "no/such/folder.csv"], ["no/such"]),
+        (["data", "info", "cifar10"], ["cifar100"]),
+    ],
+)
+def test_mistakes_end_with_2_and_one_message(typed, arguments: list[str], words: list[str]) -> None:
+    code, _, err = typed(*arguments)
+    assert code == 2
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err
+
+
+def test_a_mistake_leaves_no_run_folder(typed, tmp_path: Path) -> None:
+    typed("train", "--dataset", "adrenalmnist3d", "--set", "data.frame_size=1")
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_internal_errors_end_with_1(typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr("videogru.runs.describe", broken)
+    code, _, err = typed("data", "info", "adrenalmnist3d")
+    assert code == 1
+    assert "a mistake of ours" in err
+    assert "please report" in err
+
+
+def test_ctrl_c_ends_with_130(typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("videogru.runs.describe", interrupted)
+    assert typed("data", "info", "adrenalmnist3d")[0] == 130
+
+
+def test_data_list_and_info(typed) -> None:
+    code, out, _ = typed("data", "list")
+    assert code == 0
+    assert all(name in out for name in ("adrenalmnist3d", "cifar100", "grid_digits", "kinetics400"))
+    code, out, _ = typed("data", "info", "adrenalmnist3d")
+    assert code == 0
+    for word in ("1188", "98", "298", "CC BY 4.0"):
+        assert word in out
+
+
+def test_shell_completion_is_offered(tmp_path: Path) -> None:
+    environment = {"_VIDEOGRU_COMPLETE": "complete_bash", "COMP_WORDS": "videogru tr", "COMP_CWORD": "1", "HOME": str(tmp_path)}
+    finished = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv = ['videogru']; from videogru.cli import main; main()"],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert "train" in finished.stdout, finished.stderr

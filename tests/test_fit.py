@@ -1,0 +1,170 @@
+import csv
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from videogru.config import Config, resolve_config
+from videogru.data.layouts import Corpus
+from videogru.data.manifest import build_manifest
+from videogru.errors import ConfigError, DataError, Interrupted
+from videogru.training.fit import fit, precision
+
+SETTINGS = {
+    "data.dataset": "synthetic",
+    "data.frame_size": 8,
+    "data.channels": 1,
+    "data.augment.flip": 0.5,
+    "data.augment.noise": 0.1,
+    "model.encoder": "pixels",
+    "model.encoder_width": 4,
+    "model.seq": "rows",
+    "model.hidden_size": 8,
+    "train.epochs": 3,
+    "train.batch_size": 8,
+    "train.lr": 0.01,
+    "train.num_workers": 0,
+    "train.precision": "fp32",
+}
+
+
+def bars(rows: int = 60) -> Corpus:
+    """Stills with a bright bar in the upper (class 0) or lower half (class 1)."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(rows) % 2
+    arrays = generator.integers(0, 60, (rows, 1, 1, 8, 8), dtype=np.uint8)
+    for row, label in enumerate(labels):
+        top = int(generator.integers(0, 3)) + 4 * int(label)
+        arrays[row, 0, 0, top, :] = 255
+    splits = np.where(np.arange(rows) < rows * 2 // 3, 0, 1)
+    manifest = build_manifest(Path(), ("up", "down"), [f"bars/{row}" for row in range(rows)], labels, splits)
+    return Corpus("bars", "image", ("up", "down"), manifest, arrays, None, 0, ())
+
+
+def settings(**changes: object) -> Config:
+    config = resolve_config(("test", {**SETTINGS, **{key.replace("__", "."): v for key, v in changes.items()}}))
+    return config.model_copy(update={"data": config.data.for_kind("image")})
+
+
+def train(
+    run: Path,
+    config: Config,
+    corpus: Corpus | None = None,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, torch.Tensor]:
+    run.mkdir(exist_ok=True)
+    trained = fit(config, corpus or bars(), run, resume=resume, progress=False, say=say)
+    return load_file(trained.model)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_learns_and_logs(tmp_path: Path) -> None:
+    lines: list[str] = []
+    train(tmp_path, settings(train__epochs=12, data__augment__flip=0), say=lines.append)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(12))
+    assert max(float(row["val_accuracy"]) for row in rows) > 0.9
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert sum(line.startswith("epoch") for line in lines) == 12
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_same_seed_same_weights(tmp_path: Path) -> None:
+    config = settings()
+    first, second = train(tmp_path / "a", config), train(tmp_path / "b", config)
+    other = train(tmp_path / "c", settings(train__seed=1))
+    assert same(first, second)
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
+    config = settings(train__epochs=2)
+    alone = train(tmp_path / "a", config)
+    assert same(alone, train(tmp_path / "b", settings(train__epochs=2, train__num_workers=workers)))
+
+
+class StopAt:
+    """Says stop (Ctrl-C) as the terminal would, in the given call of the augmentation, that is at that step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+        from videogru.data import datamodule
+
+        self.calls, real = 0, datamodule.augment_batch
+
+        def counted(*args: object, **kwargs: object) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == step:
+                os.kill(os.getpid(), number)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(datamodule, "augment_batch", counted)
+
+
+# 40 training rows in batches of 8: five steps an epoch.
+@pytest.mark.parametrize("step", [1, 3, 5, 7, 10])
+@pytest.mark.parametrize("changes", [{}, {"train__ema_decay": 0.9}, {"train__keep": "last"}])
+def test_an_interrupted_run_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, changes: dict
+) -> None:
+    config = settings(**changes)
+    whole = train(tmp_path / "whole", config)
+    with monkeypatch.context() as patch:
+        StopAt(patch, step)
+        with pytest.raises(Interrupted, match="resume"):
+            train(tmp_path / "cut", config)
+    resumed = train(tmp_path / "cut", config, resume=True)
+    assert same(whole, resumed)
+    with (tmp_path / "whole" / "metrics.csv").open() as one, (tmp_path / "cut" / "metrics.csv").open() as other:
+        ours, theirs = list(csv.DictReader(one)), list(csv.DictReader(other))
+    assert [row["val_loss"] for row in ours] == [row["val_loss"] for row in theirs]
+
+
+def test_sigterm_saves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    StopAt(monkeypatch, 2, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        train(tmp_path, settings())
+    assert (tmp_path / "last.ckpt").is_file()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_without_validation_rows_the_last_epoch_is_kept(tmp_path: Path) -> None:
+    corpus = bars()
+    manifest = corpus.manifest.take(corpus.manifest.rows("train"))
+    only = Corpus("bars", "image", corpus.classes, manifest, corpus.arrays, None, 0, ())
+    train(tmp_path, settings(train__epochs=1), only)
+    assert "val_loss" not in (tmp_path / "metrics.csv").read_text()
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    train(tmp_path, settings(train__epochs=40, train__lr=1e-9, train__early_stopping=2))
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) < 12
+
+
+def test_no_training_rows(tmp_path: Path) -> None:
+    corpus = bars()
+    manifest = corpus.manifest.take(corpus.manifest.rows("val"))
+    with pytest.raises(DataError, match="no training rows"):
+        train(tmp_path, settings(), Corpus("bars", "image", corpus.classes, manifest, corpus.arrays, None, 0, ()))
+
+
+def test_more_processes_than_rows(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="shared"):
+        train(tmp_path, settings(train__devices=41))
+
+
+def test_named_precisions() -> None:
+    assert precision("fp32") == "32-true"
+    assert precision("bf16") == "bf16-mixed"
+    assert precision("auto") in ("32-true", "bf16-mixed")

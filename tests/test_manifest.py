@@ -1,0 +1,257 @@
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from videogru.config import SPLITS
+from videogru.data.manifest import Manifest, assign_splits, build_manifest, missing_rows, read_manifest
+from videogru.errors import DataError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "set.csv"
+    path.write_text(text)
+    return path
+
+
+def whole(labels: list[int], splits: list[int] | None = None, groups: list[str] | None = None) -> Manifest:
+    classes = [f"c{code}" for code in range(max(labels) + 1)]
+    manifest = build_manifest(Path("/x"), classes, [f"{row:07d}.mp4" for row in range(len(labels))], labels, splits)
+    if groups is None:
+        return manifest
+    return replace(manifest, groups=np.asarray(groups))
+
+
+def test_reads_all_columns(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "source,label,split,group,start_seconds,end_seconds,speaker\n"
+        "a.mp4,yes,train,p1,0.5,1.25,x\n"
+        '"b, c.mp4",no,,,,,y\n'
+        "\n"
+        "a.mp4,no,train,p1,2,3,x\n",
+    )
+    manifest = read_manifest(path)
+    assert manifest.classes == ("no", "yes")
+    assert manifest.labels.tolist() == [1, 0, 0]
+    assert manifest.splits.tolist() == [0, -1, 0]
+    assert manifest.groups.tolist() == ["p1", "b, c.mp4", "p1"]
+    assert [manifest.window(row) for row in range(3)] == [(0.5, 1.25), None, (2.0, 3.0)]
+    assert manifest.path(1) == tmp_path / "b, c.mp4"
+    assert manifest.rows("train").tolist() == [0, 2]
+    assert "3 rows" in repr(manifest)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_bytes("\ufeffsource,label\nä.mp4,ü\nb.mp4,v\n".encode())
+    assert read_manifest(path).classes == ("v", "ü")
+
+
+def test_given_classes_keep_their_codes(tmp_path: Path) -> None:
+    path = write(tmp_path, "source,label\na.mp4,one\nb.mp4,two\n")
+    assert read_manifest(path, ("zero", "two", "one")).labels.tolist() == [2, 1]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    text = "source,label,split,group,start_seconds,end_seconds\na.mp4,x,train,g,0.1,0.30000000000000004\nb.mp4,y,,h,,\n"
+    first = read_manifest(write(tmp_path, text))
+    first.to_csv(tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_text() == text
+    again = read_manifest(tmp_path / "again.csv")
+    for column in ("sources", "labels", "splits", "groups", "start_seconds", "end_seconds"):
+        np.testing.assert_array_equal(getattr(first, column), getattr(again, column))
+
+
+def test_empty_columns_are_not_written(tmp_path: Path) -> None:
+    whole([0, 1]).to_csv(tmp_path / "set.csv")
+    assert (tmp_path / "set.csv").read_text() == "source,label\n0000000.mp4,c0\n0000001.mp4,c1\n"
+    assert not (tmp_path / "set.csv.part").exists()
+
+
+def test_to_csv_names_the_folder_it_cannot_write_to(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="absent"):
+        whole([0, 1]).to_csv(tmp_path / "absent" / "set.csv")
+
+
+def test_take(tmp_path: Path) -> None:
+    part = whole([0, 1, 2, 0]).take(np.array([3, 1]))
+    assert part.sources.tolist() == ["0000003.mp4", "0000001.mp4"]
+    assert part.labels.tolist() == [0, 1]
+    assert len(part.classes) == 3
+
+
+HEAD = "source,label,split,group,start_seconds,end_seconds\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "empty"),
+        ("source,label\n", "no rows"),
+        ("file,label\na,b\n", "no column 'source', found file, label"),
+        ("source,class\na,b\n", "no column 'label', found source, class"),
+        ("source,label,label\na,b,c\n", "two columns 'label'"),
+        ("source,label\na.mp4,x\nb.mp4,\n", r"set.csv:3: no label for b.mp4"),
+        ("source,label\na.mp4,x\n,x\n", r"set.csv:3: no source"),
+        ("source,label\na.mp4,x\nb,c.mp4,x\n", r"set.csv:3: 3 cells, but the header has 2"),
+        (HEAD + "a.mp4,x,trian,,,\n", r"set.csv:2: unknown split 'trian'"),
+        (HEAD + "a.mp4,x,train,g,,\nc.mp4,x,,g,,\nb.mp4,y,test,g,,\n", r"set.csv:4: group 'g' is in test .* line 2"),
+        (HEAD + "a.mp4,x,train,,0,1\na.mp4,y,test,,1,2\n", r"set.csv:3: group 'a.mp4'"),
+        (HEAD + "a.mp4,x,,,2,2\n", r"set.csv:2: start_seconds 2 is not before end_seconds 2"),
+        (HEAD + "a.mp4,x,,,soon,2\n", r"set.csv:2: start_seconds must be a number"),
+        (HEAD + "a.mp4,x,,,nan,2\n", r"set.csv:2: start_seconds must be a number"),
+        (HEAD + "a.mp4,x,,,-1,2\n", r"set.csv:2: start_seconds must be a number"),
+        (HEAD + "a.mp4,x,,,1,\n", r"set.csv:2: only one of"),
+        ("source,label\n/etc/passwd,x\n", r"set.csv:2: source '/etc/passwd' is outside"),
+        ("source,label\na/../../b.mp4,x\n", r"set.csv:2: .* is outside"),
+        ("source,label\nC:\\b.mp4,x\n", r"set.csv:2: .* is outside"),
+        ("source,label\n\\\\host\\b.mp4,x\n", r"set.csv:2: .* is outside"),
+    ],
+)
+def test_errors_name_the_line(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read_manifest(write(tmp_path, text))
+
+
+def test_two_dots_inside_a_name_are_a_name(tmp_path: Path) -> None:
+    path = write(tmp_path, "source,label\nwhat..mp4,x\n12:30.mp4,y\n")
+    assert read_manifest(path).sources.tolist() == ["what..mp4", "12:30.mp4"]
+
+
+def test_unknown_label_names_the_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path, "source,label\na.mp4,zero\nb.mp4,sevn\n")
+    with pytest.raises(DataError, match="(?s)set.csv:3: unknown label 'sevn'.*Did you mean seven"):
+        read_manifest(path, ("zero", "seven"))
+
+
+def test_links_may_not_leave_the_root(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (root / "real").mkdir(parents=True)
+    outside.mkdir()
+    for place in (outside, root / "real"):
+        (place / "a.mp4").touch()
+    (root / "folder").symlink_to(outside)
+    (root / "inner").symlink_to(root / "real")
+    (root / "file.mp4").symlink_to(outside / "a.mp4")
+    assert len(read_manifest(write(root, "source,label\ninner/a.mp4,x\nreal/a.mp4,x\n"))) == 2
+    with pytest.raises(DataError, match="set.csv:2: .*folder"):
+        read_manifest(write(root, "source,label\nfolder/a.mp4,x\n"))
+    with pytest.raises(DataError, match="set.csv:3: .*link"):
+        read_manifest(write(root, "source,label\nreal/a.mp4,x\nfile.mp4,x\n"))
+    assert read_manifest(write(root, "source,label\na.mp4,x\n"), root=outside).path(0) == outside / "a.mp4"
+
+
+def test_not_utf8_and_absent(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_bytes("source,label\nä.mp4,x\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_manifest(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_manifest(tmp_path / "absent.csv")
+
+
+def test_missing_rows(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "b.mp4").touch()
+    manifest = read_manifest(write(tmp_path, "source,label\nd/a.mp4,x\nd/b.mp4,x\ne/c.mp4,x\n"))
+    assert missing_rows(manifest).tolist() == [0, 2]
+
+
+def test_columns_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        build_manifest(Path(), ("a", "b"), ["x"], [0, 1])
+    with pytest.raises(ValueError, match="labels"):
+        build_manifest(Path(), ("a", "b"), ["x", "y"], [0, 2])
+
+
+def counts(manifest: Manifest) -> dict[str, int]:
+    return {split: len(manifest.rows(split)) for split in SPLITS}
+
+
+def test_shares_are_exact_and_stratified() -> None:
+    manifest = assign_splits(whole([0] * 100 + [1] * 40), val_fraction=0.15, test_fraction=0.2, seed=1)
+    for code, size in ((0, 100), (1, 40)):
+        of_class = np.bincount(manifest.splits[manifest.labels == code], minlength=3)
+        assert of_class.tolist() == [size * 0.65, size * 0.15, size * 0.2]
+    assert manifest.notes == ()
+
+
+def test_seed_decides_and_row_order_does_not() -> None:
+    manifest = whole([0, 1] * 50)
+    first, same, other = (
+        assign_splits(manifest, val_fraction=0.2, test_fraction=0.2, seed=s).splits for s in (3, 3, 4)
+    )
+    assert first.tolist() == same.tolist() != other.tolist()
+    order = np.random.default_rng(0).permutation(100)
+    shuffled = assign_splits(manifest.take(order), val_fraction=0.2, test_fraction=0.2, seed=3)
+    assert shuffled.splits.tolist() == first[order].tolist()
+
+
+def test_groups_stay_whole_and_count_by_their_majority() -> None:
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 60, 900)
+    labels = np.where(rng.random(900) < 0.9, groups % 3, (groups + 1) % 3)
+    manifest = whole(labels.tolist(), groups=[f"g{group}" for group in groups])
+    split = assign_splits(manifest, val_fraction=0.2, test_fraction=0.2, seed=0)
+    seen: dict[str, set[int]] = {}
+    for group, code in zip(split.groups.tolist(), split.splits.tolist(), strict=True):
+        seen.setdefault(group, set()).add(code)
+    assert all(len(codes) == 1 for codes in seen.values())
+    # By hand: 20 groups of each label, of which 12, 4 and 4.
+    for label in range(3):
+        chosen = [seen[f"g{group}"].copy().pop() for group in range(60) if group % 3 == label]
+        assert np.bincount(chosen, minlength=3).tolist() == [12, 4, 4]
+
+
+def test_set_splits_stay_and_val_is_carved_out_of_train() -> None:
+    manifest = whole([0, 1] * 20, splits=[0] * 30 + [2] * 10)
+    split = assign_splits(manifest, val_fraction=0.2, test_fraction=0.5, seed=0)
+    assert counts(split) == {"train": 24, "val": 6, "test": 10}
+    assert set(split.rows("test").tolist()) == set(range(30, 40))
+    kept = assign_splits(manifest, val_fraction=0.0, test_fraction=0.5, seed=0)
+    assert kept.splits.tolist() == manifest.splits.tolist()
+    named = whole([0, 1] * 20, splits=[0] * 20 + [1] * 10 + [2] * 10)
+    assert assign_splits(named, val_fraction=0.4, test_fraction=0.4, seed=0).splits.tolist() == named.splits.tolist()
+
+
+def test_unset_rows_follow_their_group_and_named_splits_take_no_more() -> None:
+    groups = ["a", "a", *(f"g{row}" for row in range(20))]
+    manifest = whole([0, 0, *([0, 1] * 10)], splits=[2, -1, *([-1] * 20)], groups=groups)
+    split = assign_splits(manifest, val_fraction=0.2, test_fraction=0.3, seed=0)
+    assert split.splits[:2].tolist() == [2, 2]
+    assert counts(split) == {"train": 16, "val": 4, "test": 2}
+
+
+def test_thin_classes_go_to_train_first_and_are_named() -> None:
+    manifest = whole([0] * 20 + [1] + [2] * 2 + [3] * 3)
+    split = assign_splits(manifest, val_fraction=0.15, test_fraction=0.15, seed=0)
+    assert split.splits[20] == 0
+    assert sorted(split.splits[21:23].tolist()) == [0, 1]
+    assert sorted(split.splits[23:].tolist()) == [0, 1, 2]
+    assert len(split.notes) == 1
+    assert "c1 (1), c2 (2)" in split.notes[0]
+
+
+def test_what_cannot_be_trained_on_is_an_error() -> None:
+    settings = {"val_fraction": 0.2, "test_fraction": 0.2, "seed": 0}
+    with pytest.raises(DataError, match="1 class"):
+        assign_splits(whole([0, 0, 0]), **settings)
+    with pytest.raises(DataError, match="no training row"):
+        assign_splits(whole([0, 1], splits=[2, 2]), **settings)
+    with pytest.raises(DataError, match="have no label"):
+        assign_splits(whole([0, 1, -1], splits=[0, 0, 0]), val_fraction=0.0, test_fraction=0.0, seed=0)
+    with pytest.raises(DataError, match="nothing to train"):
+        assign_splits(whole([0, 1]), val_fraction=0.5, test_fraction=0.5, seed=0)
+
+
+def test_three_hundred_thousand_rows_take_seconds() -> None:
+    count = 300_000
+    rng = np.random.default_rng(0)
+    manifest = whole(rng.integers(0, 400, count).tolist(), groups=[f"{g:06d}" for g in rng.integers(0, 100_000, count)])
+    start = time.process_time()
+    split = assign_splits(manifest, val_fraction=0.1, test_fraction=0.1, seed=0)
+    assert time.process_time() - start < 5
+    assert sum(counts(split).values()) == count

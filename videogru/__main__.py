@@ -1,0 +1,6 @@
+"""`python -m videogru` is `videogru`."""
+
+from videogru.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""The command line: short, frozen flags; the only place that prints errors and exits.
+
+Exit codes: 0 ok, 1 internal error, 2 usage or config, 3 some inputs failed, 4 a gate refused, 130 interrupted.
+Heavy modules are imported inside the commands, so that `videogru --help` answers at once.
+"""
+
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from videogru import __version__
+from videogru.errors import ConfigError, VideogruError
+
+app = typer.Typer(
+    name="videogru",
+    help="Classify videos, scans and images as sequences: a 2-D CNN reads each frame, a bidirectional GRU the order.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(data_app, name="data")
+
+
+class Format(StrEnum):
+    """How `infer` writes its rows."""
+
+    table = "table"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+class SplitName(StrEnum):
+    """Splits, as typed."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as model.hidden_size=256; repeatable."),
+]
+DataDirOption = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where the data of a named data set lie.", show_default=False)
+]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _version(asked: bool | None) -> None:
+    if asked:
+        print(f"videogru {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = None,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru train --dataset adrenalmnist3d\n\n"
+    "videogru train --dataset grid_digits --epochs 20 --set model.cell=none\n\n"
+    "videogru train --dataset cifar100 --seq rows --data-dir ~/data/cifar100\n\n"
+    "videogru train --dataset clips/        (a folder with a subfolder per class)\n\n"
+    "videogru train --dataset table.csv     (columns source,label[,split,group,start_seconds,end_seconds])\n\n"
+    "videogru train --resume runs/clips-0001"
+)
+def train(
+    dataset: Annotated[
+        str | None, typer.Option(help="Name of a data set, folder with a subfolder per class, or manifest .csv.")
+    ] = None,
+    data_dir: DataDirOption = None,
+    seq: Annotated[
+        str | None, typer.Option(help="How feature maps become steps: frames (slices), rows, cols, grid.")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="small, resnet18/34/50, mobilenet_v3_small/large, conv2, pixels.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Settings file, or the name of a recipe that ships (configs/NAME.yaml).")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Clips per step and process.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    devices: Annotated[int | None, typer.Option(help="GPUs or processes per node.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order, splits and augmentation.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default: runs/<data set>-NNNN.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Train on a data set; leaves a run folder with the model file, scores and a report."""
+    from videogru import runs
+    from videogru.config import parse_assignments
+
+    flags = {
+        "data.dataset": dataset,
+        "data.data_dir": None if data_dir is None else str(data_dir),
+        "model.seq": seq,
+        "model.encoder": encoder,
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "train.lr": lr,
+        "train.devices": devices,
+        "train.nodes": nodes,
+        "train.seed": seed,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    assigned = parse_assignments(set_ or [])
+    progress = sys.stderr.isatty()
+    if resume is not None:
+        if given or assigned or config or out:
+            raise ConfigError(
+                "--resume takes all settings from the run; leave the other flags out",
+                hint=f"videogru train --resume {resume}",
+            )
+        outcome = runs.resume(resume, progress=progress, say=_say)
+    else:
+        settings = runs.settings_for_training(config, given, assigned)
+        outcome = runs.train(settings, out=out, progress=progress, say=_say)
+    _show_outcome(outcome)
+
+
+@app.command(
+    name="eval",
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru eval runs/adrenalmnist3d-0001\n\n"
+    "videogru eval runs/clips-0001 --split val\n\n"
+    "videogru eval model.safetensors --dataset table.csv --out scores/",
+)
+def evaluate(
+    run_or_model: Annotated[Path, typer.Argument(help="Run folder or model file.")],
+    split: Annotated[SplitName, typer.Option(help="Rows to evaluate on.")] = SplitName.test,
+    dataset: Annotated[str | None, typer.Option(help="Another data set than the model was trained on.")] = None,
+    data_dir: DataDirOption = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default: the run's own.", show_default=False)
+    ] = None,
+) -> None:
+    """Evaluate a model on a split: metrics with 95 % intervals, predictions, report."""
+    from videogru import runs
+
+    outcome = runs.evaluate_run(
+        run_or_model, split=split.value, dataset=dataset, data_dir=data_dir, device=device, out=out, say=_say
+    )
+    _show_outcome(outcome)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru infer scan.nii.gz\n\n"
+    "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
+    "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord"
+)
+def infer(
+    paths: Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="PATHS...")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Model file or run folder; default: the newest run that fits.", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: the terminal.", show_default=False)] = None,
+    format: Annotated[
+        Format | None, typer.Option(help="Default: by the ending of --out, else table.", show_default=False)
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes named per input.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    set_: SetOption = None,
+) -> None:
+    """Name the class of files; every input gets a row, a prediction or an error."""
+    from videogru.config import parse_assignments
+    from videogru.inference import answers
+
+    by_ending = {".csv": Format.csv, ".jsonl": Format.jsonl}
+    chosen = format or (by_ending.get(out.suffix, Format.table) if out else Format.table)
+    failed = answers.answer(
+        paths,
+        model=model,
+        out=out,
+        form=chosen.value,
+        top_k=top_k,
+        device=device,
+        settings=parse_assignments(set_ or []),
+        progress=sys.stderr.isatty(),
+        say=_say,
+    )
+    if failed:
+        raise typer.Exit(3)
+
+
+@data_app.command(name="list", epilog="[bold]Example[/bold]\n\nvideogru data list")
+def data_list() -> None:
+    """Data sets that ship with a card, and whether their data are here."""
+    from rich.table import Table
+
+    from videogru.data.describe import list_cards
+
+    cards = list_cards()
+    table = Table(*cards[0], box=None, pad_edge=False)
+    for card in cards:
+        table.add_row(*(_cell(value) for value in card.values()))
+    _console().print(table)
+
+
+@data_app.command(
+    name="info",
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru data info grid_digits\n\n"
+    "videogru data info clips/\n\n"
+    "videogru data info cifar100 --data-dir ~/data/cifar100",
+)
+def data_info(
+    name_or_folder: Annotated[str, typer.Argument(help="Name of a data set, folder of classes, or manifest .csv.")],
+    data_dir: DataDirOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Classes, counts per split, shapes, durations or spacing of a data set."""
+    from videogru import runs
+
+    facts = runs.describe(name_or_folder, data_dir, set_ or [])
+    _print_facts(facts)
+
+
+def _print_facts(facts: dict[str, Any], indent: int = 0) -> None:
+    width = max((len(str(key)) for key in facts), default=0)
+    for key, value in facts.items():
+        if value is None or value == [] or value == {}:
+            continue
+        if isinstance(value, dict):
+            print(" " * indent + str(key))
+            _print_facts(value, indent + 2)
+        else:
+            print(" " * indent + f"{str(key).replace('_', ' '):<{width}}  {_cell(value)}")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    return "" if value is None else str(value)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Piped, a table is never folded or cut: rich would assume 80 columns.
+    return Console() if sys.stdout.isatty() else Console(width=1000)
+
+
+def _show_outcome(outcome: Any) -> None:
+    from rich.table import Table
+
+    for split, evaluation in outcome.evaluations.items():
+        table = Table("", split, "95 % interval", box=None, pad_edge=False)
+        for row in evaluation.summary_rows():
+            table.add_row(*row)
+        _console().print(table)
+    if outcome.trained is not None:
+        print(f"model:  {outcome.trained.model}")
+    if outcome.report is not None:
+        print(f"report: {outcome.report}")
+
+
+def main() -> None:
+    """Run a command; turn what went wrong into one message and an exit code."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except VideogruError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) went away; nothing of it may reach the interpreter's own flush.
+        sys.stdout = open("/dev/null", "w")  # noqa: SIM115, PTH123
+        return 0
+    except Exception as error:  # noqa: BLE001
+        return _click_exit(error)
+
+
+def _click_exit(error: Exception) -> int:
+    show = getattr(error, "show", None)
+    if show is not None and hasattr(error, "exit_code"):
+        show()
+        return int(error.exit_code)
+    if type(error).__name__ == "Abort":
+        return 130
+    traceback.print_exception(error)
+    _say("error: this is a mistake in videogru, not yours; please report it with the lines above")
+    return 1

@@ -1,0 +1,105 @@
+"""Clips of different lengths as one padded batch, and the order in which rows are read."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from videogru.sequence import FrameSequence, SequenceBatch
+
+Key = tuple[int, int]  # (epoch, manifest row): all that a sample depends on besides the seed
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sample as a worker hands it over: a clip, or the reason why there is none."""
+
+    row: int
+    label: int
+    clip: FrameSequence | None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a loader yields: the readable clips as a batch (None if there are none), and (row, reason) of the others."""
+
+    epoch: int
+    batch: SequenceBatch | None
+    failures: tuple[tuple[int, str], ...]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Loaded":
+        """The batch on another device."""
+        batch = None if self.batch is None else self.batch.to(device, non_blocking=non_blocking)
+        return Loaded(self.epoch, batch, self.failures)
+
+
+def collate(epoch: int, items: list[Item]) -> Loaded:
+    """The items as one batch, in order; frames are padded with zeros after their last step."""
+    failures = tuple((item.row, item.error) for item in items if item.clip is None)
+    good = [(item, item.clip) for item in items if item.clip is not None]
+    if not good:
+        return Loaded(epoch, None, failures)
+    clips = [clip for _, clip in good]
+    lengths = [len(clip) for clip in clips]
+    longest = max(lengths)
+    if min(lengths) == longest:
+        frames = torch.stack([clip.frames for clip in clips])
+    else:
+        frames = clips[0].frames.new_zeros((len(clips), longest, *clips[0].frames.shape[1:]))
+        for position, clip in enumerate(clips):
+            frames[position, : len(clip)] = clip.frames
+    labels = torch.tensor([item.label for item, _ in good])
+    rows = torch.tensor([item.row for item, _ in good])
+    return Loaded(epoch, SequenceBatch(frames, torch.tensor(lengths), rows, labels), failures)
+
+
+class EpochBatches(Sampler[list[Key]]):
+    """Batches of (epoch, row): every row once an epoch, shuffled by (seed, epoch), cut evenly over the processes.
+
+    Batch sizes differ by at most one (a last batch of one clip would upset batch normalization), and no process is left
+    without a share. `skip` batches are left out of the next pass only: that is how a run resumes inside an epoch.
+    """
+
+    def __init__(
+        self,
+        rows: NDArray[np.int64],
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if len(rows) < world:
+            raise ValueError(f"{len(rows)} rows cannot be shared by {world} processes")
+        self.rows, self.seed, self.epoch = rows, seed, epoch
+        self.rank, self.world = rank, world
+        self.batches = min(-(-len(rows) // (batch_size * world)), len(rows) // world)
+        self.skip = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, skip, self.skip = self.epoch(), self.skip, 0
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        for batch in np.array_split(order, self.batches)[skip:]:
+            yield [(epoch, int(row)) for row in np.array_split(batch, self.world)[self.rank]]
+
+
+class OrderedBatches(Sampler[list[Key]]):
+    """Batches of (0, row) in the given order, for validation and inference."""
+
+    def __init__(self, rows: NDArray[np.int64], *, batch_size: int) -> None:
+        self.rows, self.batch_size = rows, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, len(self.rows), self.batch_size):
+            yield [(0, int(row)) for row in self.rows[start : start + self.batch_size]]

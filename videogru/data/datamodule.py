@@ -1,0 +1,98 @@
+"""The loaders Lightning trains with: order, sampling and augmentation depend on (seed, epoch, row) alone."""
+
+import os
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from videogru.config import Config
+from videogru.data.augment import augment_batch
+from videogru.data.batching import EpochBatches, Loaded, OrderedBatches
+from videogru.data.dataset import ClipDataset, make_loader
+from videogru.data.layouts import Corpus
+from videogru.sequence import SequenceBatch
+
+
+class CorpusModule(pl.LightningDataModule):
+    """Training and validation loaders of a corpus; config.data must be resolved for the corpus's kind."""
+
+    def __init__(self, corpus: Corpus, config: Config) -> None:
+        super().__init__()
+        self.corpus, self.config = corpus, config
+        self.num_workers = default_workers(corpus, config.train.num_workers)
+
+    def train_dataloader(self) -> DataLoader[Loaded]:
+        """Shuffled batches; resumes inside an epoch."""
+        trainer = self.trainer
+        assert trainer is not None
+        batches = EpochBatches(
+            self.corpus.manifest.rows("train"),
+            batch_size=self.config.train.batch_size,
+            seed=self.config.train.seed,
+            epoch=lambda: int(trainer.current_epoch),
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
+        dataset = self._dataset(training=True)
+        loader = make_loader(dataset, batches, num_workers=self.num_workers, persistent=True)
+        return _resumable(loader, batches, trainer)
+
+    def val_dataloader(self) -> DataLoader[Loaded] | list[DataLoader[Loaded]]:
+        """All validation rows in order, the process's share of them; none where there is no validation split."""
+        trainer = self.trainer
+        assert trainer is not None
+        rows: NDArray[np.int64] = self.corpus.manifest.rows("val")[trainer.global_rank :: trainer.world_size]
+        if not len(rows):
+            return []
+        batches = OrderedBatches(rows, batch_size=self.config.train.batch_size)
+        return make_loader(self._dataset(training=False), batches, num_workers=self.num_workers)
+
+    def on_after_batch_transfer(self, batch: Loaded, dataloader_idx: int) -> Loaded:
+        """Augment training batches of video and stills on the device."""
+        trainer = self.trainer
+        clips = batch.batch
+        if clips is None or self.corpus.kind == "volume" or trainer is None or not trainer.training:
+            return batch
+        frames = augment_batch(
+            clips.frames,
+            config=self.config.data.augment,
+            seed=self.config.train.seed,
+            epoch=batch.epoch,
+            indices=clips.indices.tolist(),
+        )
+        return Loaded(batch.epoch, SequenceBatch(frames, clips.lengths, clips.indices, clips.labels), batch.failures)
+
+    def transfer_batch_to_device(self, batch: Loaded, device: torch.device, dataloader_idx: int) -> Loaded:
+        """Move a batch."""
+        return batch.to(device)
+
+    def _dataset(self, *, training: bool) -> ClipDataset:
+        return ClipDataset(self.corpus, data=self.config.data, seed=self.config.train.seed, training=training)
+
+
+def default_workers(corpus: Corpus, asked: int | None) -> int:
+    """Reader processes: as asked, else none for stills held in memory, else one per core but one, at most 8."""
+    if asked is not None:
+        return asked
+    if corpus.arrays is not None and corpus.kind == "image":
+        return 0
+    return max(1, min(8, len(os.sched_getaffinity(0)) - 1)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _resumable(loader: DataLoader[Loaded], batches: EpochBatches, trainer: pl.Trainer) -> DataLoader[Loaded]:
+    """Give the loader the two methods by which Lightning stores and restores the place inside an epoch."""
+
+    def state_dict() -> dict[str, Any]:
+        return {"batches": trainer.fit_loop.epoch_loop.batch_progress.current.ready}
+
+    def load_state_dict(state: dict[str, Any]) -> None:
+        done = int(state["batches"])
+        batches.skip = done if done < len(batches) else 0
+
+    loader.state_dict = state_dict  # type: ignore[attr-defined]
+    loader.load_state_dict = load_state_dict  # type: ignore[attr-defined]
+    return loader

@@ -1,0 +1,392 @@
+"""Opens a data set, however its files lie: a card, a folder with a subfolder per class, or a manifest."""
+
+import math
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from videogru.config import SPLITS, DataConfig, Kind
+from videogru.data.card import Card, load_card
+from videogru.data.frames import SUFFIXES, kind_of_name
+from videogru.data.manifest import Manifest, assign_splits, build_manifest, missing_rows, read_manifest, read_table
+from videogru.errors import ConfigError, DataError
+from videogru.resources import card_names, data_root
+
+_SPLIT_NAMES = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
+_CIFAR_FOLDER = "cifar-100-python"
+_MAX_BYTES = 8 * 2**30
+_DEFLATE_RATIO = 1032  # no deflate stream expands further
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A data set ready for reading: every row of the manifest has a split.
+
+    arrays: (N T C H W) uint8, aligned with the manifest's rows, where the set is one of arrays; its sources then only
+    name the rows. missing: files that the data set names but that are absent; notes: what its user should know.
+    """
+
+    name: str
+    kind: Kind
+    classes: tuple[str, ...]
+    manifest: Manifest
+    arrays: NDArray[np.uint8] | None
+    card: Card | None
+    missing: int
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        shape = "" if self.arrays is None else f", arrays {self.arrays.shape}"
+        return f"Corpus({self.name}: {self.kind}, {self.manifest!r}{shape}, missing={self.missing})"
+
+
+def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True) -> Corpus:
+    """Open data.dataset: the name of a card, a folder with a subfolder per class, or a manifest .csv.
+
+    Unset splits are drawn by `assign_splits` from data.val_fraction, data.test_fraction and `seed`. Without
+    `for_training`, a set whose splits are all set may lack training rows. A manifest keeps rows whose file is absent
+    (reading them fails, row by row); Kinetics drops them, as clips vanish from their publisher; both count them.
+    Raises ConfigError for an unknown name, DataError for data that are absent, damaged or contradict themselves.
+    """
+    name = data.dataset
+    if not name:
+        raise ConfigError(
+            "no data set is named", hint=f"--dataset takes a folder, a .csv, or: {', '.join(card_names())}"
+        )
+    path = Path(name)
+    if path.is_dir() and name not in card_names():
+        if data.data_dir is not None:
+            raise ConfigError(f"--data-dir goes with a card or a manifest, but {name} is a folder")
+        corpus = _open_class_folders(path)
+    elif path.suffix.lower() == ".csv":
+        corpus = _from_manifest(path.stem, read_manifest(path, root=data.data_dir), None)
+    elif path.is_file():
+        raise DataError("not a folder and not a manifest .csv", where=path)
+    else:
+        card = load_card(name)
+        corpus = _CARD_LAYOUTS[card.layout](card, data)
+    evaluation_only = (
+        not for_training and not (corpus.manifest.splits < 0).any() and not len(corpus.manifest.rows("train"))
+    )
+    if evaluation_only:
+        return corpus
+    split = assign_splits(corpus.manifest, val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=seed)
+    return replace(corpus, manifest=split, notes=(*corpus.notes, *split.notes))
+
+
+# Files with a table ---------------------------------------------------------------------------------------------
+
+
+def _open_bundled(card: Card, data: DataConfig) -> Corpus:
+    place = _place(card, data)
+    return _from_manifest(card.name, read_manifest(place / "manifest.csv", card.classes), card)
+
+
+def _from_manifest(name: str, manifest: Manifest, card: Card | None) -> Corpus:
+    kind = _one_kind(manifest.sources.tolist(), manifest.root)
+    if card is not None and kind != card.kind:
+        raise DataError(f"holds {kind} files, but {card.name} is of kind {card.kind}", where=manifest.root)
+    missing = len(missing_rows(manifest))
+    if missing == len(manifest):
+        hint = (
+            card.how_to_obtain if card else "Sources are relative to the manifest's folder; --data-dir names another."
+        )
+        raise DataError(
+            f"none of the {missing} files is here, such as {manifest.sources[0]}", where=manifest.root, hint=hint
+        )
+    notes = (f"{missing} of {len(manifest)} rows name a file that is absent",) if missing else ()
+    return Corpus(name, kind, manifest.classes, manifest, None, card, missing, notes)
+
+
+def _one_kind(names: Iterable[str], where: Path) -> Kind:
+    examples: dict[Kind, str] = {}
+    for name in names:
+        kind = kind_of_name(name)
+        if kind is None:
+            known = " ".join(sorted(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
+            raise DataError(f"{name}: no known suffix", where=where, hint=f"Known: {known}")
+        examples.setdefault(kind, name)
+    if len(examples) != 1:
+        found = "; ".join(f"{kind}: {name}" for kind, name in examples.items())
+        raise DataError(f"one data set, one kind, but there are {found}", where=where)
+    return next(iter(examples))
+
+
+# Folders as labels ----------------------------------------------------------------------------------------------
+
+
+def _open_class_folders(root: Path) -> Corpus:
+    """root/<class>/... or root/<train|val|test>/<class>/...; hidden files are ignored, other suffixes are counted."""
+    root = root.resolve()
+    tops = _subfolders(root)
+    if tops and set(tops) <= set(SPLITS):
+        places = [
+            (SPLITS.index(split), root / split, label)
+            for split in SPLITS
+            if split in tops
+            for label in _subfolders(root / split)
+        ]
+    else:
+        places = [(-1, root, label) for label in tops]
+    classes = sorted({label for _, _, label in places})
+    if not classes:
+        raise DataError(
+            "no subfolders with classes",
+            where=root,
+            hint="Expected FOLDER/<class>/files, or FOLDER/<split>/<class>/files.",
+        )
+    sources: list[str] = []
+    labels: list[int] = []
+    splits: list[int] = []
+    ignored: Counter[str] = Counter()
+    for split, parent, label in places:
+        for path in _media(parent / label, ignored):
+            sources.append(path.relative_to(root).as_posix())
+            labels.append(classes.index(label))
+            splits.append(split)
+    if not sources:
+        raise DataError("no videos, volumes or images in its class folders", where=root)
+    kind = _one_kind(sources, root)
+    notes = [f"ignored {count} files with suffix {suffix or '(none)'}" for suffix, count in sorted(ignored.items())]
+    empty = [name for code, name in enumerate(classes) if code not in set(labels)]
+    if empty:
+        raise DataError(f"no files of class {', '.join(empty)}", where=root, hint="Remove the empty folders.")
+    return Corpus(
+        root.name,
+        kind,
+        tuple(classes),
+        build_manifest(root, classes, sources, labels, splits),
+        None,
+        None,
+        0,
+        tuple(notes),
+    )
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _media(folder: Path, ignored: Counter[str]) -> Iterator[Path]:
+    """Files of a known kind below a folder, sorted; of an Analyze or NIfTI pair only the header."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        present = set(names)
+        for name in sorted(names):
+            if name.startswith(".") or (".img" in name and name.replace(".img", ".hdr") in present):
+                continue
+            if kind_of_name(name) is None:
+                ignored[Path(name).suffix] += 1
+            else:
+                yield Path(parent, name)
+
+
+# Kinetics -------------------------------------------------------------------------------------------------------
+
+
+def _open_kinetics(card: Card, data: DataConfig) -> Corpus:
+    """The publisher's tables, and clips <split>/[<label>/]<youtube_id>_<start:06d>_<end:06d>.<suffix>."""
+    place = _place(card, data)
+    codes = {name: code for code, name in enumerate(card.classes)}
+    sources: list[str] = []
+    groups: list[str] = []
+    labels: list[int] = []
+    splits: list[int] = []
+    notes: list[str] = []
+    missing = 0
+    for code, split in enumerate(SPLITS):
+        table = _kinetics_table(place, _SPLIT_NAMES[split])
+        if table is None:
+            continue
+        clips = _kinetics_clips(place, _SPLIT_NAMES[split])
+        absent = count = 0
+        for youtube_id, start, end, label, where in _kinetics_rows(table):
+            if label and label not in codes:
+                raise DataError(f"unknown class {label!r}", where=where)
+            count += 1
+            source = clips.get(f"{youtube_id}_{start:06d}_{end:06d}")
+            if source is None:
+                absent += 1
+                continue
+            sources.append(source)
+            groups.append(youtube_id)
+            labels.append(codes.get(label, -1))
+            splits.append(code)
+        missing += absent
+        if absent:
+            notes.append(f"{split}: {absent} of {count} clips are absent")
+    if not sources:
+        what = f"no clips: {'; '.join(notes)}" if notes else "no train.csv, val.csv or test.csv"
+        raise DataError(what, where=place, hint=card.how_to_obtain)
+    manifest = replace(build_manifest(place, card.classes, sources, labels, splits), groups=np.asarray(groups))
+    return Corpus(card.name, card.kind, card.classes, manifest, None, card, missing, tuple(notes))
+
+
+def _kinetics_table(place: Path, names: tuple[str, ...]) -> Path | None:
+    """train.csv, or a longer name that ends so (kinetics-400_train.csv), beside the clips or in annotations/."""
+    for folder in (place, place / "annotations"):
+        for name in names:
+            tables = [path for path in folder.glob(f"*{name}.csv") if path.stem[: -len(name)][-1:] in ("", "_", "-")]
+            if tables:
+                return min(tables, key=lambda path: (len(path.name), path.name))
+    return None
+
+
+def _kinetics_rows(path: Path) -> Iterator[tuple[str, int, int, str, str]]:
+    """(youtube_id, start, end, label, line) of each row; the label is '' where it is held out."""
+    header, rows, lines = read_table(path)
+    wanted = ("youtube_id", "time_start", "time_end")
+    if any(name not in header for name in wanted):
+        raise DataError(f"expected the columns {', '.join(wanted)}, found {', '.join(header)}", where=path)
+    at = [header.index(name) for name in wanted]
+    label_at = header.index("label") if "label" in header else None
+    for cells, line in zip(rows, lines, strict=True):
+        where = f"{path}:{line}"
+        youtube_id, start, end = (cells[column] for column in at)
+        try:
+            times = int(float(start)), int(float(end))
+        except (ValueError, OverflowError):
+            raise DataError(f"time_start {start!r} or time_end {end!r} is no number", where=where) from None
+        yield youtube_id, *times, "" if label_at is None else cells[label_at].strip(), where
+
+
+def _kinetics_clips(place: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """{file stem: path below `place`} of a split's videos, directly in its folder or one deeper; one listing each."""
+    clips: dict[str, str] = {}
+    for top in (name for name in names if (place / name).is_dir()):
+        for folder in (top, *(f"{top}/{label}" for label in _subfolders(place / top))):
+            with os.scandir(place / folder) as entries:
+                for entry in entries:
+                    if kind_of_name(entry.name) == "video":
+                        clips[entry.name.rpartition(".")[0]] = f"{folder}/{entry.name}"
+    return clips
+
+
+# Arrays ---------------------------------------------------------------------------------------------------------
+
+
+def _open_cifar100(card: Card, data: DataConfig) -> Corpus:
+    """The official pickles, (60000 1 3 32 32); they are fetched where nobody named a folder and none is there."""
+    from torchvision.datasets import CIFAR100  # slow to import
+
+    place = data.data_dir or data_root() / card.name
+    root = place.parent if place.name == _CIFAR_FOLDER else place
+    present = (root / _CIFAR_FOLDER).is_dir()
+    if data.data_dir is not None and not present:
+        raise DataError(f"no folder {_CIFAR_FOLDER}", where=place, hint=card.how_to_obtain)
+    try:
+        # These are pickles, but CIFAR100 compares their MD5 with the published ones before it unpickles.
+        sets = [CIFAR100(root, train=train, download=not present) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"cannot be read or downloaded: {error}", where=root, hint=card.how_to_obtain) from error
+    if tuple(sets[0].classes) != card.classes:
+        raise DataError("its class names differ from the card's", where=root)
+    counts = [len(part.targets) for part in sets]
+    arrays = np.empty((sum(counts), 1, 3, *sets[0].data.shape[1:3]), np.uint8)
+    for part, start in zip(sets, (0, counts[0]), strict=True):
+        np.copyto(arrays[start : start + len(part.targets), 0], part.data.transpose(0, 3, 1, 2))
+    sources = [
+        f"{_CIFAR_FOLDER}/{split}/{row}"
+        for split, count in zip(("train", "test"), counts, strict=True)
+        for row in range(count)
+    ]
+    labels = [label for part in sets for label in part.targets]
+    splits = np.repeat([SPLITS.index("train"), SPLITS.index("test")], counts)
+    manifest = build_manifest(root, card.classes, sources, labels, splits)
+    return Corpus(card.name, card.kind, card.classes, manifest, arrays, card, 0, ())
+
+
+def _open_medmnist(card: Card, data: DataConfig) -> Corpus:
+    """One .npz of volumes (N X Y Z); each is unrolled along data.axis as the same voxels in a NIfTI file would be."""
+    from videogru.data.volume import unroll
+
+    path = _medmnist_file(card, data)
+    card.check_file(path)
+    members = _read_npz(path, [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")])
+    rolled: list[NDArray[np.uint8]] = []
+    sources: list[str] = []
+    for split in SPLITS:
+        images, labels = members[f"{split}_images"], members[f"{split}_labels"]
+        if images.ndim != 4 or images.dtype != np.uint8 or not images.size or labels.shape != (len(images), 1):
+            what = f"{split} holds images {images.shape} {images.dtype} with labels {labels.shape}"
+            raise DataError(what, where=path, hint="Expected volumes (N, X, Y, Z) of uint8 with labels (N, 1).")
+        if labels.dtype.kind not in "iu" or not 0 <= int(labels.min()) <= int(labels.max()) < len(card.classes):
+            raise DataError(f"{split} labels are not all in 0..{len(card.classes) - 1}", where=path)
+        rolled += [np.asarray(unroll(volume, data.axis)) for volume in images]
+        sources += [f"{path.name}/{split}/{row}" for row in range(len(images))]
+    if len({volume.shape for volume in rolled}) != 1:
+        raise DataError("its splits differ in shape", where=path)
+    arrays = np.stack(rolled)[:, :, None]
+    labels = np.concatenate([members[f"{split}_labels"][:, 0] for split in SPLITS]).astype(np.int64)
+    splits = np.repeat(range(len(SPLITS)), [len(members[f"{split}_images"]) for split in SPLITS])
+    manifest = build_manifest(path.parent, card.classes, sources, labels, splits)
+    return Corpus(card.name, card.kind, card.classes, manifest, arrays, card, 0, ())
+
+
+def _medmnist_file(card: Card, data: DataConfig) -> Path:
+    """<name>.npz, or the only <name>_<size>.npz, or the file that --data-dir names."""
+    if data.data_dir is not None and data.data_dir.is_file():
+        return data.data_dir
+    place = _place(card, data)
+    if (place / f"{card.name}.npz").is_file():
+        return place / f"{card.name}.npz"
+    sizes = sorted(place.glob(f"{card.name}_*.npz"))
+    if len(sizes) > 1:
+        raise DataError(
+            f"several sizes: {', '.join(p.name for p in sizes)}", where=place, hint="Name one: --data-dir FILE.npz"
+        )
+    if not sizes:
+        raise DataError(f"no {card.name}.npz", where=place, hint=card.how_to_obtain)
+    return sizes[0]
+
+
+def _read_npz(path: Path, names: list[str]) -> dict[str, NDArray]:
+    """Arrays of a .npz, never pickles; what its headers claim is checked before anything is allocated."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = 0
+            for info in archive.infolist():
+                claimed += info.file_size
+                if info.file_size > _DEFLATE_RATIO * (info.compress_size + 1) or claimed > _MAX_BYTES:
+                    raise DataError(f"{info.filename} claims {info.file_size} bytes, too many", where=path)
+            for name in names:
+                _check_header(archive, f"{name}.npy")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except KeyError as error:
+        raise DataError(f"misses an array: {error.args[0]}", where=path) from error
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"cannot be read as .npz: {error}", where=path) from error
+
+
+def _check_header(archive: zipfile.ZipFile, name: str) -> None:
+    """Raise ValueError where an array's header claims more bytes than its member has."""
+    size = archive.getinfo(name).file_size
+    with archive.open(name) as member:
+        major = np.lib.format.read_magic(member)[0]
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+    if math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"shape {shape} of {dtype} does not fit into {size} bytes")
+
+
+def _place(card: Card, data: DataConfig) -> Path:
+    place = data.data_dir or card.home
+    if not place.is_dir():
+        raise DataError(f"the data of {card.name} are not here", where=place, hint=card.how_to_obtain)
+    return place.resolve()
+
+
+_CARD_LAYOUTS = {
+    "manifest": _open_bundled,
+    "kinetics": _open_kinetics,
+    "cifar100": _open_cifar100,
+    "medmnist": _open_medmnist,
+}

@@ -1,0 +1,378 @@
+"""Video by PyAV: an index from the packets, a seek to the key frame before each wanted frame, and a check of each.
+
+  packets, in decoding order    I0  P3  B1  B2 | I6  B4  B5  P9  ...      (number: when it is shown)
+  wanted: 5                     ^ starts here, since I6 shows after 5: B4 and B5 may need frames before I6
+  wanted: 9                                      ^ starts here
+
+A frame counts as found only when its time stamp is the one the index promised. Where stamps cannot be trusted
+(AVI with B-frames, MPEG streams) or a promise breaks, the whole stream is decoded in order instead.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import av
+import numpy as np
+import torch
+from av.error import FFmpegError
+from av.stream import Disposition
+from numpy.typing import NDArray
+
+from videogru.config import Kind
+from videogru.errors import SourceError
+from videogru.sequence import Unit
+
+MAX_CLIP_BYTES = 4 * 2**30
+# Demuxers that guess time stamps, or land anywhere after a seek.
+_SEQUENTIAL_FORMATS = {"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "m4v"}
+# Lists of other files: a source is one file.
+_PLAYLISTS = {"hls", "concat", "dash", "imf", "sdp", "rtsp"}
+Result = TypeVar("Result")
+
+
+class _Key(NamedTuple):
+    """A key frame: its place in decoding order and its time stamps."""
+
+    place: int
+    pts: int
+    dts: int | None
+
+
+class _BrokenPromise(Exception):
+    """A frame is not where the index says."""
+
+
+class PyavVideo:
+    """A `FrameSource` over the best video stream of a file; frames are uint8 RGB (T 3 H W), turned upright.
+
+    Upright: the display matrix is applied, to the nearest quarter turn or mirror. Frames that a decoder marks as
+    corrupt do not count as decodable. Where a read falls back to decoding in order and finds other frames than the
+    index named, `positions` and `extent` are corrected for the next read.
+    """
+
+    kind: Kind = "video"
+    unit: Unit = "seconds"
+
+    def __init__(self, path: Path) -> None:
+        """Open and index. Raises SourceError where there is no video, no frame, or no way to read it."""
+        self.path = path
+        self.details: dict[str, object] = {}
+        self.positions: NDArray[np.float64] = np.empty(0)
+        self.extent = (0.0, 0.0)
+        self.pixel_aspect = 1.0
+        self._container: Any = None
+        self._stream: Any = None
+        self._sequential = False
+        self._pts: NDArray[np.int64] = np.empty(0, np.int64)
+        self._places: list[int] = []
+        self._place_of: dict[tuple[int | None, int | None], int] = {}
+        self._keys: list[_Key] = []
+        self._reached = -1
+        try:
+            self._guard(self._index)
+        except SourceError:
+            self.close()
+            raise
+
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
+        """Frames at increasing `indices` as uint8 (T 3 H W). Raises SourceError where one cannot be decoded."""
+        chosen = [int(index) for index in indices]
+        if not chosen or any(a >= b for a, b in pairwise(chosen)):
+            raise ValueError(f"indices must increase strictly, and be at least one: {chosen}")
+        if chosen[0] < 0 or chosen[-1] >= len(self.positions):
+            raise ValueError(f"indices {chosen[0]}..{chosen[-1]} are outside 0..{len(self.positions) - 1}")
+        if self._container is None:
+            raise ValueError(f"{self.path} is closed")
+        width, height = self._stored_size
+        if len(chosen) * width * height * 3 > MAX_CLIP_BYTES:
+            raise SourceError(
+                f"{len(chosen)} frames of {width}x{height} need more than {MAX_CLIP_BYTES >> 30} GiB",
+                where=self.path,
+                hint="Lower data.num_frames, or make the video smaller first.",
+            )
+        frames = self._guard(lambda: self._read(chosen))
+        clip = torch.empty((len(frames), 3, *frames[0].shape[:2]), dtype=torch.uint8)
+        for step, frame in enumerate(frames):
+            clip[step] = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+        return clip
+
+    def close(self) -> None:
+        """Let go of the file; may be called twice."""
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def __enter__(self) -> "PyavVideo":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _guard(self, action: Callable[[], Result]) -> Result:
+        try:
+            return action()
+        except SourceError:
+            raise
+        # Damaged files make PyAV raise nearly anything: MemoryError, IndexError, AttributeError.
+        except Exception as error:
+            raise SourceError(
+                f"cannot be read as a video ({type(error).__name__}: {error})",
+                where=self.path,
+                hint="Check that it plays; `ffmpeg -i INPUT OUTPUT.mp4` re-encodes what can be saved.",
+            ) from error
+
+    def _open(self) -> None:
+        self.close()
+        # Absolute, so that no name is taken for a protocol; and no file may make us open an address.
+        self._container = av.open(str(self.path.absolute()), options={"protocol_whitelist": "file"})
+        names = set(self._container.format.name.split(","))
+        # FFmpeg's choice, as players show it; but never a cover picture.
+        best = self._container.streams.best("video")
+        streams = [
+            s for s in (best, *self._container.streams.video) if s and not s.disposition & Disposition.attached_pic
+        ]
+        if names & _PLAYLISTS or not streams:
+            what = "is a list of other files" if names & _PLAYLISTS else "holds no video stream"
+            raise SourceError(what, where=self.path, hint="Give a file that holds the video itself.")
+        self._stream = streams[0]
+        # Speed comes from worker processes; threads cost a third more and can lock up on damaged files.
+        self._stream.thread_type = "NONE"
+        self._stream.codec_context.thread_count = 1
+
+    def _index(self) -> None:
+        self._open()
+        stream, codec = self._stream, self._stream.codec_context
+        first: Any = None
+        shown: list[tuple[int, int]] = []
+        durations: dict[int, int] = {}
+        trusted = True
+        for place, packet in enumerate(self._container.demux(stream)):
+            if first is None:
+                try:
+                    first = next((frame for frame in packet.decode() if not frame.is_corrupt), None)
+                except FFmpegError:
+                    first = None  # A later packet may begin the stream.
+            if packet.size == 0 or packet.is_corrupt:
+                continue
+            if packet.pts is None:
+                trusted = False
+                continue
+            self._place_of[packet.pts, packet.dts] = place
+            if packet.is_keyframe:
+                self._keys.append(_Key(place, packet.pts, packet.dts))
+            # VP8 keeps frames that are only referred to in packets of their own.
+            hidden = codec.name in ("vp8", "libvpx") and not bytes(packet)[0] >> 4 & 1
+            if not packet.is_discard and not hidden:
+                shown.append((packet.pts, place))
+                durations[packet.pts] = packet.duration or 0
+        if first is None:
+            raise SourceError("not one frame can be decoded", where=self.path, hint="Check that it plays.")
+        self._describe(first)
+        in_order = [pts for pts, _ in shown]
+        shown.sort()
+        self._pts = np.array([pts for pts, _ in shown], np.int64)
+        self._places = [place for _, place in shown]
+        formats = set(self._container.format.name.split(","))
+        if "avi" in formats:  # AVI has no time stamps: FFmpeg makes them up, wrongly for B-frames.
+            reordered = codec.has_b_frames or codec.name in ("h264", "hevc")
+            trusted = trusted and not reordered and in_order == self._pts.tolist()
+        if (
+            not trusted
+            or formats & _SEQUENTIAL_FORMATS
+            or len(durations) != len(shown)
+            or not shown
+            or any(self._key_before(pts, place) is None for pts, place in shown)
+        ):
+            self._decode_all(set(), set())
+        else:
+            self._publish(
+                self._pts * stream.time_base.numerator / stream.time_base.denominator, durations[shown[-1][0]]
+            )
+
+    def _describe(self, frame: Any) -> None:
+        self._stored_size = (frame.width, frame.height)
+        self._transposed, self._flip_y, self._flip_x = _turn(frame)
+        aspect = self._stream.sample_aspect_ratio  # width of a pixel over its height, as stored
+        ratio = float(aspect) if aspect else 1.0
+        self.pixel_aspect = ratio if self._transposed else 1.0 / ratio
+        width, height = self._stored_size[::-1] if self._transposed else self._stored_size
+        self.details |= {
+            "codec": self._stream.codec_context.name,
+            "format": self._container.format.name,
+            "width": width,
+            "height": height,
+            "rotation_degrees": int(frame.rotation),
+            "pixel_aspect": self.pixel_aspect,
+        }
+        if self._stream.frames:
+            self.details["declared_frames"] = int(self._stream.frames)
+
+    def _publish(self, positions: NDArray[np.float64], last_duration: int) -> None:
+        """Set positions and extent; last_duration in ticks, 0 where unknown."""
+        tick = float(self._stream.time_base)
+        seconds = last_duration * tick
+        if seconds <= 0:
+            rate = self._stream.average_rate
+            seconds = float(np.median(np.diff(positions))) if len(positions) > 1 else 1 / float(rate) if rate else tick
+        self.positions = np.ascontiguousarray(positions, dtype=np.float64)
+        self.extent = (float(positions[0]), float(positions[-1]) + seconds)
+        self.details["frames"] = len(positions)
+        self.details["duration_seconds"] = self.extent[1] - self.extent[0]
+        self.details["access"] = "in order" if self._sequential else "by seeking"
+
+    def _read(self, chosen: list[int]) -> list[NDArray[np.uint8]]:
+        if self._sequential:
+            found: list[NDArray[np.uint8]] = []
+            order = -1
+            for order, frame in enumerate(self._frames_in_order()):
+                if order == chosen[len(found)]:
+                    found.append(self._upright(frame))
+                    if len(found) == len(chosen):
+                        return found
+            raise self._truncated(chosen[len(found)], len(self.positions), order + 1)
+        try:
+            return self._seek_each(chosen)
+        except (_BrokenPromise, FFmpegError):
+            return self._read_in_order(chosen)
+
+    def _seek_each(self, chosen: list[int]) -> list[NDArray[np.uint8]]:
+        found = []
+        frames: Iterator[Any] = iter(())
+        self._reached = -1
+        for index in chosen:
+            pts = int(self._pts[index])
+            key = self._key_before(pts, self._places[index])
+            if key is None:
+                raise _BrokenPromise
+            if key.place > self._reached:
+                frames = self._decode_from(key)
+            frame = next((frame for frame in frames if frame.pts >= pts), None)
+            if frame is None or frame.pts != pts:
+                raise _BrokenPromise
+            found.append(self._upright(frame))
+        return found
+
+    def _key_before(self, pts: int, place: int) -> _Key | None:
+        return next((key for key in reversed(self._keys) if key.place <= place and key.pts <= pts), None)
+
+    def _decode_from(self, key: _Key) -> Iterator[Any]:
+        """Frames in order of time from a key frame on; keeps the place of the last packet in `_reached`."""
+        for target in (key.pts, key.dts):
+            if target is None:
+                continue
+            self._container.seek(target, stream=self._stream, backward=True, any_frame=False)
+            packets = self._container.demux(self._stream)
+            packet = next(packets, None)
+            landed = None if packet is None else self._place_of.get((packet.pts, packet.dts))
+            if landed is not None and landed <= key.place:
+                break
+        else:
+            raise _BrokenPromise
+        last = key.pts - 1
+        self._reached = key.place
+        while packet is not None:
+            self._reached = max(self._reached, self._place_of.get((packet.pts, packet.dts), self._reached))
+            for frame in packet.decode():
+                if frame.is_corrupt or (frame.pts is not None and frame.pts < key.pts):
+                    continue
+                if frame.pts is None or frame.pts <= last:
+                    raise _BrokenPromise
+                last = frame.pts
+                yield frame
+            packet = next(packets, None)
+
+    def _read_in_order(self, chosen: list[int]) -> list[NDArray[np.uint8]]:
+        """The same frames after a broken promise, found by their time stamps in one pass over the whole stream."""
+        wanted = [int(self._pts[index]) for index in chosen]
+        declared = len(self.positions)
+        found, stamps = self._decode_all(set(wanted), set(chosen))
+        if _increasing(stamps):
+            orders = {pts: order for order, pts in enumerate(stamps)}
+            taken = [orders.get(pts, -1) for pts in wanted]
+        else:  # The stamps are no help; the order is, if no frame is missing.
+            taken = chosen if len(stamps) == declared else [-1] * len(chosen)
+        missing = [index for index, order in zip(chosen, taken, strict=True) if order not in found]
+        if missing:
+            raise self._truncated(missing[0], declared, len(stamps))
+        return [found[order] for order in taken]
+
+    def _decode_all(
+        self, wanted_pts: set[int], wanted_orders: set[int]
+    ) -> tuple[dict[int, NDArray[np.uint8]], list[int | None]]:
+        """Decode the stream from start to end and index it anew; returns the wanted frames by order, and all stamps.
+
+        Where stamps are missing or do not increase, frames are placed at the stream's average rate.
+        """
+        found: dict[int, NDArray[np.uint8]] = {}
+        stamps: list[int | None] = []
+        duration = 0
+        for order, frame in enumerate(self._frames_in_order()):
+            if order in wanted_orders or frame.pts in wanted_pts:
+                found[order] = self._upright(frame)
+            stamps.append(frame.pts)
+            duration = frame.duration or 0
+        if not stamps:
+            raise SourceError("not one frame can be decoded", where=self.path, hint="Check that it plays.")
+        base, rate = self._stream.time_base, self._stream.average_rate
+        if _increasing(stamps):
+            positions = np.array(stamps, np.int64) * base.numerator / base.denominator
+        elif rate:
+            start = min((pts for pts in stamps if pts is not None), default=0) * base.numerator / base.denominator
+            positions = start + np.arange(len(stamps)) * rate.denominator / rate.numerator
+            duration = 0
+        else:
+            raise SourceError("has neither usable time stamps nor a frame rate", where=self.path, hint="Re-encode it.")
+        self._sequential = True
+        self._publish(positions, duration)
+        return found, stamps
+
+    def _frames_in_order(self) -> Iterator[Any]:
+        """All frames that can be decoded, in order of time, from a fresh start; counts the damaged in `details`."""
+        self._open()
+        damaged = 0
+        for packet in self._container.demux(self._stream):
+            try:
+                frames = packet.decode()
+            except FFmpegError:
+                frames, damaged = [], damaged + 1
+            for frame in frames:
+                if frame.is_corrupt:
+                    damaged += 1
+                else:
+                    yield frame
+            if damaged:
+                self.details["damaged_packets"] = damaged
+
+    def _truncated(self, missing: int, declared: int, decodable: int) -> SourceError:
+        return SourceError(
+            f"declares {declared} frames, {decodable} can be decoded; frame {missing} is not among them",
+            where=self.path,
+            hint="The file is damaged or cut off; `ffmpeg -i INPUT OUTPUT.mp4` keeps what can be saved.",
+        )
+
+    def _upright(self, frame: Any) -> NDArray[np.uint8]:
+        width, height = self._stored_size
+        # A stream may change its size midway; like FFmpeg, keep the first.
+        pixels: NDArray[np.uint8] = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+        if self._transposed:
+            pixels = pixels.transpose(1, 0, 2)
+        return pixels[:: -1 if self._flip_y else 1, :: -1 if self._flip_x else 1]
+
+
+def _increasing(stamps: list[int | None]) -> bool:
+    known = [pts for pts in stamps if pts is not None]
+    return len(known) == len(stamps) and all(a < b for a, b in pairwise(known))
+
+
+def _turn(frame: Any) -> tuple[bool, bool, bool]:
+    """(transpose, flip rows, flip columns) of the display matrix, (x, y) -> (ax+cy, bx+dy): libavutil/display.h."""
+    for item in frame.side_data:
+        if item.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(bytes(item), dtype=np.int32)[:5].tolist()
+            return (False, d < 0, a < 0) if abs(a) >= abs(c) else (True, b < 0, c < 0)
+    return (False, False, False)

@@ -1,0 +1,223 @@
+"""`videogru infer`: which files, which model, and how the answers are written."""
+
+import csv
+import glob
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from videogru.config import Kind, resolve_config
+from videogru.data.frames import kind_of_name
+from videogru.errors import ConfigError, ModelFileError, SourceError
+from videogru.inference.predict import Predictor
+from videogru.inference.predictions import Predictions, atomic_text
+from videogru.modelfile import ModelCard, find_model, newest_model, read_card
+
+RUNS = Path("runs")
+_TRAIN_HINT = {"video": "grid_digits", "volume": "adrenalmnist3d", "image": "cifar100 --seq rows"}
+
+Say = Callable[[str], None]
+
+
+def answer(
+    asked: Sequence[str],
+    *,
+    model: Path | None,
+    out: Path | None,
+    form: str,
+    top_k: int,
+    device: str,
+    settings: Mapping[str, Any],
+    progress: bool,
+    say: Say,
+) -> int:
+    """Classify what `asked` names and write it; returns how many inputs failed.
+
+    form: table, jsonl or csv; settings: dotted data.* keys that differ from the model's own. Raises ModelFileError where
+    no model fits, ConfigError for settings and outputs that cannot be used.
+    """
+    if out is not None:
+        _check_writable(out)
+    chosen = find_model(model) if model is not None else _newest_fitting(asked, say)
+    card = read_card(chosen)
+    files = expand(asked, card.kind, say)
+    predictor = Predictor.from_file(chosen, device=device, data=_data_settings(card, settings))
+    with _Progress(len(files), shown=progress) as tick:
+        predictions = predictor.predict_paths(files, tick=tick)
+    records = to_records(predictions, top_k=top_k)
+    if out is None:
+        print(_FORMS[form](records, sys.stdout.isatty()), end="")
+    else:
+        with atomic_text(out) as file:
+            file.write(_FORMS[form](records, False))
+        say(f"{len(records)} rows written to {out}")
+    failed = int(predictions.failed.sum())
+    if failed:
+        say(f"{failed} of {len(records)} inputs failed; the others are done")
+    return failed
+
+
+def expand(asked: Sequence[str], kind: Kind, say: Say) -> list[str]:
+    """Files, folders (searched for files of the model's kind) and globs as a list of files, each once, in order.
+
+    A path that does not exist stays in the list: it gets its error row. Raises SourceError where a folder holds nothing.
+    """
+    files: dict[str, None] = {}
+    for text in asked:
+        path = Path(text)
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+            fitting = [p for p in inside if kind_of_name(p.name) == kind]
+            others = sum(kind_of_name(p.name) not in (None, kind) for p in inside)
+            if not fitting:
+                found = f"; it holds {others} of another kind" if others else ""
+                raise SourceError(f"no {kind} files in this folder{found}", where=path)
+            if others:
+                say(f"{path}: {others} files are no {kind}s and are left out")
+            files.update(dict.fromkeys(str(p) for p in fitting))
+        elif path.exists() or not glob.has_magic(text):
+            files[text] = None
+        else:
+            matches = sorted(glob.glob(text, recursive=True))
+            if not matches:
+                raise SourceError("no file matches this pattern", where=text)
+            files.update(dict.fromkeys(matches))
+    return list(files)
+
+
+def _newest_fitting(asked: Sequence[str], say: Say) -> Path:
+    kind = _first_kind(asked)
+    found = newest_model(RUNS, kind)
+    if found is None:
+        command = f"videogru train --dataset {_TRAIN_HINT[kind]}" if kind else "videogru train --dataset NAME"
+        raise ModelFileError(
+            f"no trained model for {kind}s in {RUNS}/" if kind else f"no trained model in {RUNS}/",
+            hint=f"Name one with --model FILE, or train one: {command}",
+        )
+    say(f"using {found}, the newest run that fits")
+    return found
+
+
+def _first_kind(asked: Sequence[str]) -> Kind | None:
+    for text in asked:
+        path = Path(text)
+        inside = sorted(path.rglob("*")) if path.is_dir() else [Path(p) for p in glob.glob(text)] or [path]
+        for candidate in inside:
+            kind = kind_of_name(candidate.name)
+            if kind is not None:
+                return kind
+    return None
+
+
+def _data_settings(card: ModelCard, settings: Mapping[str, Any]) -> Any:
+    strangers = [key for key in settings if not key.startswith("data.")]
+    if strangers:
+        raise ConfigError(
+            f"{strangers[0]} belongs to training; infer takes data.* keys only", hint="Example: --set data.decoder=pyav"
+        )
+    fixed = {"data.frame_size": card.frame_size, "data.channels": card.in_channels}
+    for key, value in fixed.items():
+        if key in settings and settings[key] != value:
+            raise ConfigError(f"{key} = {settings[key]!r}, but the model was trained with {value}")
+    own = {f"data.{key}": value for key, value in card.data.model_dump(mode="json").items()}
+    return resolve_config(("model file", own), ("--set", settings)).data
+
+
+def to_records(predictions: Predictions, *, top_k: int) -> list[dict[str, Any]]:
+    """One plain record per row: source, predicted, confidence, top (list of class and probability), error."""
+    records: list[dict[str, Any]] = []
+    for row in range(len(predictions)):
+        source, error = str(predictions.sources[row]), str(predictions.errors[row])
+        if error:
+            records.append({"source": source, "predicted": None, "confidence": None, "top": [], "error": error})
+            continue
+        probabilities = predictions.probabilities[row]
+        order = np.argsort(-probabilities, kind="stable")[: min(top_k, len(predictions.classes))]
+        top = [{"class": predictions.classes[k], "probability": round(float(probabilities[k]), 6)} for k in order]
+        best = top[0]
+        records.append(
+            {"source": source, "predicted": best["class"], "confidence": best["probability"], "top": top, "error": None}
+        )
+    return records
+
+
+def _as_jsonl(records: list[dict[str, Any]], terminal: bool) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _as_csv(records: list[dict[str, Any]], terminal: bool) -> str:
+    deepest = max((len(record["top"]) for record in records), default=1)
+    extra = [f"{name}_{place}" for place in range(2, deepest + 1) for name in ("class", "probability")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["source", "predicted", "confidence", "error", *extra])
+    for record in records:
+        rest = [value for entry in record["top"][1:] for value in (entry["class"], entry["probability"])]
+        own = [record["source"], record["predicted"], record["confidence"], record["error"]]
+        writer.writerow(own + rest + [None] * (len(extra) - len(rest)))
+    return text.getvalue()
+
+
+def _as_table(records: list[dict[str, Any]], terminal: bool) -> str:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("source", "class", "probability", box=None, pad_edge=False)
+    for record in records:
+        source = Text(record["source"])
+        if record["error"]:
+            # The reason names the file again only where it stands elsewhere.
+            reason = record["error"].removeprefix(f"{record['source']}: ")
+            table.add_row(source, Text("error: " + reason, style="red"), "")
+        for place, entry in enumerate(record["top"]):
+            table.add_row(source if place == 0 else "", Text(entry["class"]), f"{entry['probability']:.3f}")
+    # Piped, a table is never folded or cut.
+    console = Console() if terminal else Console(width=10_000, no_color=True, force_terminal=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get() if terminal else "".join(line.rstrip() + "\n" for line in captured.get().splitlines())
+
+
+_FORMS = {"jsonl": _as_jsonl, "csv": _as_csv, "table": _as_table}
+
+
+def _check_writable(out: Path) -> None:
+    if out.is_dir():
+        raise ConfigError("--out names a folder; name a file", where=out)
+    parent = out.parent
+    if not parent.is_dir():
+        raise ConfigError("the folder of --out does not exist", where=parent, hint=f"mkdir -p {parent}")
+    if not os.access(parent, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
+        raise ConfigError("--out cannot be written", where=out)
+
+
+class _Progress:
+    """A bar on the terminal for long jobs."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        self._bar = Progress(
+            *Progress.get_default_columns()[:2],
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not shown or total < 2,
+        )
+        self._task = self._bar.add_task("infer", total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._bar.start()
+        return lambda done: self._bar.update(self._task, advance=done)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

@@ -1,0 +1,276 @@
+"""The run folder: made, trained, evaluated and reported on.
+
+config.yaml · splits.csv · metrics.csv · tensorboard/ · last.ckpt · model.safetensors · predictions-SPLIT.csv ·
+evaluation-SPLIT.json · bad_files.csv · report.html
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from videogru.config import SPLITS, Config, DataConfig, Split, parse_assignments, read_settings_file, resolve_config
+from videogru.data.card import load_card
+from videogru.data.dataset import ClipDataset
+from videogru.data.describe import describe_corpus
+from videogru.data.layouts import Corpus, open_corpus
+from videogru.errors import ConfigError, DataError, ModelFileError, VideogruError
+from videogru.inference.evaluate import Evaluation, evaluate
+from videogru.inference.predict import Predictor
+from videogru.inference.predictions import Predictions
+from videogru.inference.report import read_curves, write_report
+from videogru.modelfile import find_model, read_card
+from videogru.resources import card_names, recipe_path, resource_dir
+from videogru.training.callbacks import STATE_FILE
+from videogru.training.fit import Trained, fit
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command leaves; evaluations by split."""
+
+    run: Path
+    evaluations: dict[str, Evaluation]
+    report: Path | None
+    trained: Trained | None = None
+
+
+def new_run(name: str, out: Path | None) -> Path:
+    """A new folder: `out`, or runs/<name>-NNNN with the next free number."""
+    try:
+        if out is not None:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise ConfigError(
+                    "is there already, and a new run never overwrites",
+                    where=out,
+                    hint=f"Go on with it: videogru train --resume {out}   or choose another --out",
+                )
+            out.mkdir(parents=True, exist_ok=True)
+            return out
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem or Path(name).name).strip("-") or "run"
+        runs = Path("runs")
+        runs.mkdir(exist_ok=True)
+        taken = [int(m[1]) for p in runs.iterdir() if (m := re.fullmatch(re.escape(stem) + r"-(\d{4,})", p.name))]
+        number = max(taken, default=0) + 1
+        while True:
+            run = runs / f"{stem}-{number:04}"
+            try:
+                run.mkdir()
+                return run
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise ConfigError(f"the run folder cannot be made: {error}", where=out or "runs") from error
+
+
+def settings_for_training(name: str | None, flags: Mapping[str, Any], assigned: Mapping[str, Any]) -> Config:
+    """Defaults < recipe of the data set < --config (a file, or a recipe's name) < flags < --set.
+
+    Raises ConfigError where no data set is named, or a key or value does not hold.
+    """
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if name is not None:
+        path = Path(name)
+        if not path.suffix and not path.exists():
+            found = recipe_path(name)
+            if found is None:
+                recipes = sorted(p.stem for p in resource_dir("configs").glob("*.yaml"))
+                raise ConfigError(f"no recipe {name!r}", hint=f"Recipes: {', '.join(recipes)}; or name a file")
+            path = found
+        layers.append((str(path), read_settings_file(path)))
+    top = [*layers, ("flags", flags), ("--set", assigned)]
+    dataset = resolve_config(*top).data.dataset
+    if not dataset:
+        raise ConfigError(
+            "no data set named", hint="Example: videogru train --dataset adrenalmnist3d   (see videogru data list)"
+        )
+    recipe = recipe_path(dataset) or recipe_path(_kind(resolve_config(*top).data))
+    base = [(str(recipe), read_settings_file(recipe))] if recipe else []
+    return resolve_config(*base, *top)
+
+
+def _kind(data: DataConfig) -> str:
+    if data.dataset in card_names():
+        return load_card(data.dataset).kind
+    return open_corpus(data, seed=data.split_seed).kind
+
+
+def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outcome:
+    """Train, evaluate and report into a new run folder."""
+    corpus = open_corpus(config.data, seed=config.data.split_seed)
+    config = config.model_copy(update={"data": config.data.for_kind(corpus.kind)})
+    for note in corpus.notes:
+        say(f"note: {note}")
+    run = new_run(config.data.dataset, out)
+    (run / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    corpus.manifest.to_csv(run / "splits.csv")
+    counts = ", ".join(f"{len(corpus.manifest.rows(split))} {split}" for split in SPLITS)
+    say(f"{corpus.name}: {corpus.kind}s, {len(corpus.classes)} classes, {counts}; run folder {run}")
+    return _train(config, corpus, run, resume=False, progress=progress, say=say)
+
+
+def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
+    """Go on with an interrupted run; it must find the data it began with."""
+    config = run_config(run)
+    if not (run / STATE_FILE).is_file():
+        raise ConfigError(
+            "nothing to resume: no epoch was finished or saved",
+            where=run,
+            hint=f"Start anew: videogru train --config {run / 'config.yaml'}",
+        )
+    corpus = open_corpus(config.data, seed=config.data.split_seed)
+    check = run / "splits-now.csv"
+    corpus.manifest.to_csv(check)
+    same = check.read_bytes() == (run / "splits.csv").read_bytes()
+    check.unlink()
+    if not same:
+        raise DataError(
+            "the data set has other rows or splits than when the run began",
+            where=run / "splits.csv",
+            hint=f"Bring the files back, or start anew: videogru train --config {run / 'config.yaml'}",
+        )
+    return _train(config, corpus, run, resume=True, progress=progress, say=say)
+
+
+def run_config(run: Path) -> Config:
+    """The settings a run was made with."""
+    path = run / "config.yaml"
+    return resolve_config((str(path), read_settings_file(path)))
+
+
+def _train(config: Config, corpus: Corpus, run: Path, *, resume: bool, progress: bool, say: Say) -> Outcome:
+    trained = fit(config, corpus, run, resume=resume, progress=progress, say=say)
+    splits: list[Split] = [split for split in ("val", "test") if len(corpus.manifest.rows(split))]
+    outcome = assess(trained.model, config, corpus, run, splits=splits, say=say)
+    return Outcome(run, outcome.evaluations, outcome.report, trained)
+
+
+def assess(
+    model: Path, config: Config, corpus: Corpus, run: Path, *, splits: list[Split], device: str = "auto", say: Say
+) -> Outcome:
+    """Predict the splits, write predictions, evaluations and the report into `run`.
+
+    Raises DataError where the corpus names other classes than the model, or a split has no rows.
+    """
+    predictor = Predictor.from_file(model, device=device, data=config.data)
+    if corpus.classes != predictor.card.classes:
+        raise DataError(
+            f"the data set has the classes {_some(corpus.classes)}, the model {_some(predictor.card.classes)}",
+            where=model,
+            hint="Evaluate a model on the data set it was trained for, or name the labels as the model does.",
+        )
+    predictions: dict[str, Predictions] = {}
+    evaluations: dict[str, Evaluation] = {}
+    for split in splits:
+        rows = corpus.manifest.rows(split)
+        if not len(rows):
+            filled = [name for name in SPLITS if len(corpus.manifest.rows(name))]
+            raise DataError(
+                f"no rows in the split {split}", where=corpus.name, hint=f"Use --split {' or '.join(filled)}."
+            )
+        predictions[split] = predictor.predict(
+            corpus, rows, batch_size=config.train.batch_size, num_workers=config.train.num_workers
+        )
+        evaluations[split] = evaluate(predictions[split])
+        predictions[split].write_csv(run / f"predictions-{split}.csv")
+        evaluations[split].to_json(run / f"evaluation-{split}.json")
+        say(f"{split}: {_headline(evaluations[split])}")
+    if not evaluations:
+        say("no validation or test rows: nothing to evaluate")
+        return Outcome(run, {}, None)
+    last = splits[-1]
+    report = write_report(
+        run,
+        title=f"{corpus.name}: {config.model.encoder} + {config.model.cell}, {last} split",
+        evaluation=evaluations[last],
+        predictions=predictions[last],
+        curves=read_curves(run / "metrics.csv") if (run / "metrics.csv").is_file() else [],
+        config_yaml=config.to_yaml(),
+        strips=lambda i: _strip(corpus, predictor.data, int(predictions[last].rows[i])),
+        facts=_facts(predictor, corpus, evaluations, last),
+        commands=_commands(config, run, model),
+        step_name={"video": "frames", "volume": "slices", "image": "image"}[corpus.kind],
+    )
+    return Outcome(run, evaluations, report)
+
+
+def _facts(predictor: Predictor, corpus: Corpus, evaluations: dict[str, Evaluation], shown: str) -> dict[str, str]:
+    parts = predictor.classifier.describe()
+    facts = {key.replace("_", " "): f"{value:,}" for key, value in parts.items()}
+    facts |= {"data set": corpus.name, "kind": corpus.kind}
+    facts |= {f"rows in {split}": f"{len(corpus.manifest.rows(split)):,}" for split in SPLITS}
+    for split, evaluation in evaluations.items():
+        if split != shown:
+            name, value, between = evaluation.summary_rows()[0]
+            facts[f"{name} on {split}"] = f"{value} ({between})"
+    facts |= {f"{name} at the kept epoch": f"{value:.4g}" for name, value in predictor.card.metrics.items()}
+    return facts
+
+
+def _commands(config: Config, run: Path, model: Path) -> list[str]:
+    example = {"video": "clip.mp4", "volume": "scan.nii.gz", "image": "picture.png"}
+    kind = read_card(model).kind
+    return [
+        f"videogru train --config {run / 'config.yaml'}",
+        f"videogru eval {run}",
+        f"videogru infer {example[kind]} --model {model}",
+    ]
+
+
+def evaluate_run(
+    path: Path, *, split: Split, dataset: str | None, data_dir: Path | None, device: str, out: Path | None, say: Say
+) -> Outcome:
+    """Evaluate a run folder or a model file on a split; results go to `out`, else into the run (or beside the model)."""
+    model = find_model(path)
+    card = read_card(model)
+    run = path if path.is_dir() else path.parent
+    saved = run / "config.yaml"
+    settings = run_config(run) if saved.is_file() else Config(data=card.data, model=card.model)
+    update: dict[str, object] = {}
+    if dataset is not None:
+        update = {"dataset": dataset, "data_dir": None}
+    if data_dir is not None:
+        update["data_dir"] = data_dir
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update=update)})
+    corpus = open_corpus(settings.data, seed=settings.data.split_seed)
+    if corpus.kind != card.kind:
+        raise ModelFileError(f"this model reads {card.kind}s, the data set holds {corpus.kind}s", where=model)
+    target = out or run
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the output folder cannot be made: {error}", where=target) from error
+    return assess(model, settings, corpus, target, splits=[split], device=device, say=say)
+
+
+def _strip(corpus: Corpus, data: DataConfig, row: int) -> np.ndarray | None:
+    """Frames of a row for the report, (T H W 3) uint8; None where it cannot be read."""
+    loaded = ClipDataset(corpus, data=data).__getitems__([(0, row)])
+    if loaded.batch is None:
+        return None
+    frames = loaded.batch.frames[0]
+    if frames.is_floating_point():
+        frames = (frames * 255).round()
+    return frames.byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _headline(evaluation: Evaluation) -> str:
+    return "  ".join(f"{name} {value} ({between})" for name, value, between in evaluation.summary_rows()[:3])
+
+
+def _some(classes: tuple[str, ...]) -> str:
+    shown = ", ".join(classes[:4])
+    return shown if len(classes) <= 4 else f"{shown}, ... ({len(classes)} in all)"
+
+
+def describe(name: str, data_dir: Path | None, assignments: list[str]) -> dict[str, Any]:
+    """What `videogru data info` shows of a data set."""
+    flags = {"data.dataset": name, "data.data_dir": None if data_dir is None else str(data_dir)}
+    settings = settings_for_training(None, flags, parse_assignments(assignments))
+    corpus = open_corpus(settings.data, seed=settings.data.split_seed)
+    return describe_corpus(corpus, data=settings.data.for_kind(corpus.kind))
