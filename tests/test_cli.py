@@ -141,7 +141,12 @@ def test_data_list_and_info(typed) -> None:
 
 
 def test_shell_completion_is_offered(tmp_path: Path) -> None:
-    environment = {"_VIDEOGRU_COMPLETE": "complete_bash", "COMP_WORDS": "videogru tr", "COMP_CWORD": "1", "HOME": str(tmp_path)}
+    environment = {
+        "_VIDEOGRU_COMPLETE": "complete_bash",
+        "COMP_WORDS": "videogru tr",
+        "COMP_CWORD": "1",
+        "HOME": str(tmp_path),
+    }
     finished = subprocess.run(
         [sys.executable, "-c", "import sys; sys.argv = ['videogru']; from videogru.cli import main; main()"],
         env=environment,

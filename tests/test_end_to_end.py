@@ -317,7 +317,16 @@ def test_an_array_row_and_its_nifti_file_are_one_source(there: Path, tmp_path: P
     """A bundled volume, saved as NIfTI, gets the probabilities that evaluation wrote for it."""
     run = tmp_path / "run"
     done = videogru(
-        "train", "--dataset", "adrenalmnist3d", *QUICK, "--set", "data.num_frames=10", "--batch-size", "256", "--out", run
+        "train",
+        "--dataset",
+        "adrenalmnist3d",
+        *QUICK,
+        "--set",
+        "data.num_frames=10",
+        "--batch-size",
+        "256",
+        "--out",
+        run,
     )
     assert done.code == 0, done.err
     predictions = read_csv(run / "predictions-test.csv")

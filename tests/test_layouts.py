@@ -331,6 +331,7 @@ def test_adrenal_counts_and_order() -> None:
 @pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
 def test_adrenal_rows_are_what_the_nifti_reader_gives(tmp_path: Path, axis: str) -> None:
     import nibabel
+
     from videogru.data.volume import open_volume
 
     data = DataConfig(dataset="adrenalmnist3d", axis=axis, intensity="window", window_low=0, window_high=255)

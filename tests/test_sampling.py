@@ -48,7 +48,9 @@ def test_uniform_and_random_against_a_loop(rule: str, truth, count: int) -> None
 @pytest.mark.parametrize("rule", ["showing", "nearest"])
 def test_a_short_source_gives_all_its_steps_once(rule: str) -> None:
     for count in (10, 11, 500):
-        assert sampling.uniform(positions=CFR, extent=(0.0, 1.0), num_frames=count, rule=rule).tolist() == list(range(10))
+        assert sampling.uniform(positions=CFR, extent=(0.0, 1.0), num_frames=count, rule=rule).tolist() == list(
+            range(10)
+        )
     draws = np.random.default_rng(0).random(12)
     drawn = sampling.random(positions=CFR, extent=(0.0, 1.0), num_frames=12, draws=draws, rule=rule)
     assert drawn.tolist() == list(range(10))

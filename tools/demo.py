@@ -1,6 +1,7 @@
 """The main job on real data, start to end: train, evaluate, infer one scan, and a report to open.
 
-Uses the bundled AdrenalMNIST3D (28x28x28 adrenal glands from CT, normal or hyperplastic); about three minutes on two cores.
+Uses the bundled AdrenalMNIST3D (28x28x28 adrenal glands from CT, normal or hyperplastic); about
+three minutes on two cores.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from videogru.data.card import load_card
 from videogru.data.dataset import ClipDataset
 from videogru.data.describe import describe_corpus
 from videogru.data.layouts import Corpus, open_corpus
-from videogru.errors import ConfigError, DataError, ModelFileError, VideogruError
+from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.evaluate import Evaluation, evaluate
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions
@@ -225,7 +225,7 @@ def _commands(config: Config, run: Path, model: Path) -> list[str]:
 def evaluate_run(
     path: Path, *, split: Split, dataset: str | None, data_dir: Path | None, device: str, out: Path | None, say: Say
 ) -> Outcome:
-    """Evaluate a run folder or a model file on a split; results go to `out`, else into the run (or beside the model)."""
+    """Evaluate a run or a model file on a split; results go to `out`, else into the run (or beside the model)."""
     model = find_model(path)
     card = read_card(model)
     run = path if path.is_dir() else path.parent

@@ -81,7 +81,7 @@ def _relight(frames: torch.Tensor, config: AugmentConfig, draws: torch.Tensor) -
 
 
 def _erase(frames: torch.Tensor, probability: float, draws: torch.Tensor) -> torch.Tensor:
-    """One square with a side of 1/4 to 1/2 of the frame becomes the clip's mean (DeVries and Taylor 2017, section 3)."""
+    """One square, 1/4 to 1/2 of the side, becomes the clip's mean (Cutout: DeVries and Taylor 2017, section 3)."""
     height, width = frames.shape[-2:]
     side = 0.25 + 0.25 * draws[:, 1:2]
     rows = (torch.arange(height, device=frames.device) + 0.5) / height

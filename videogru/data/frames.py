@@ -1,6 +1,5 @@
 """What every reader offers, whatever it reads."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,19 +13,21 @@ from videogru.config import Kind
 from videogru.sequence import Unit
 
 SUFFIXES: dict[Kind, frozenset[str]] = {
-    "video": frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .asf .flv .gif .3gp .3g2 .ogv .vob".split()),
-    "volume": frozenset(".nii .nii.gz .hdr .hdr.gz .img .img.gz .mgh .mgz .mgh.gz".split()),
-    "image": frozenset(".png .jpg .jpeg .bmp .tif .tiff .webp".split()),
+    "video": frozenset(
+        {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".asf"}
+        | {".flv", ".gif", ".3gp", ".3g2", ".ogv", ".vob"}
+    ),
+    "volume": frozenset({".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz", ".mgh", ".mgz", ".mgh.gz"}),
+    "image": frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}),
 }
 _KIND_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 
 
 def kind_of_name(name: str) -> Kind | None:
     """The kind a file name's suffix stands for, None for an unknown one."""
-    stem, suffix = os.path.splitext(name.lower())
-    if suffix == ".gz":
-        suffix = os.path.splitext(stem)[1] + suffix
-    return _KIND_OF.get(suffix)
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes[-2:]]
+    compressed = suffixes[-1:] == [".gz"]
+    return _KIND_OF.get("".join(suffixes if compressed else suffixes[-1:]))
 
 
 @runtime_checkable

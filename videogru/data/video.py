@@ -7,6 +7,7 @@ from videogru.data.frames import FrameSource
 from videogru.data.video_decord import DecordVideo
 from videogru.data.video_pyav import PyavVideo
 from videogru.data.video_torchcodec import TorchcodecVideo
+from videogru.errors import SourceError
 
 Decoder = Literal["auto", "pyav", "decord", "torchcodec"]
 
@@ -23,6 +24,13 @@ def open_video(path: Path, *, decoder: Decoder = "auto") -> FrameSource:
     if decoder in ("auto", "pyav"):
         return video
     with video:
+        if video.details["access"] == "in order":
+            # decord hangs on MPEG-TS; both give wrong frames with right time stamps from AVI with B-frames.
+            raise SourceError(
+                f"{decoder} cannot be trusted with MPEG-TS, or where time stamps are missing or out of order",
+                where=path,
+                hint="Use data.decoder=pyav.",
+            )
         reader = DecordVideo if decoder == "decord" else TorchcodecVideo
         return reader(
             path,

@@ -1,7 +1,7 @@
 """Video by decord: an alternative decoder with known limits.
 
-decord 0.6 hangs on MPEG-TS (refused here), has no AV1, shades 10-bit video wrongly, and returns wrong frames on open
-GOPs, stream-copied cuts and AVI with B-frames. Where its count or time stamps give it away, that is an error; it also
+decord 0.6 hangs on MPEG-TS (`video.py` refuses it), has no AV1, shades 10-bit video wrongly, and gives wrong frames on
+open GOPs, stream-copied cuts and AVI with B-frames. Where its count or time stamps show it, that is an error; it also
 counts time from 0, so files that begin elsewhere are refused. It exists for Linux x86-64 only.
 """
 
@@ -39,8 +39,6 @@ class DecordVideo:
         """Open. Raises ConfigError where decord is missing, SourceError where it cannot be trusted with the file."""
         self.path, self.positions, self.extent = path, positions, extent
         self.pixel_aspect, self.details = pixel_aspect, details
-        if str(details["format"]) == "mpegts":
-            raise SourceError("decord hangs on MPEG-TS", where=path, hint=HINT)
         try:
             import decord
         except (ImportError, OSError) as error:

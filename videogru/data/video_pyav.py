@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from videogru.config import Kind
@@ -64,6 +65,8 @@ class PyavVideo:
         self.extent = (0.0, 0.0)
         self.pixel_aspect = 1.0
         self._container: Any = None
+        # One for all frames: frame.reformat() would set up a converter for each.
+        self._reformatter = VideoReformatter()
         self._stream: Any = None
         self._sequential = False
         self._pts: NDArray[np.int64] = np.empty(0, np.int64)
@@ -358,7 +361,8 @@ class PyavVideo:
     def _upright(self, frame: Any) -> NDArray[np.uint8]:
         width, height = self._stored_size
         # A stream may change its size midway; like FFmpeg, keep the first.
-        pixels: NDArray[np.uint8] = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+        rgb: Any = self._reformatter.reformat(frame, width=width, height=height, format="rgb24")
+        pixels: NDArray[np.uint8] = rgb.to_ndarray()
         if self._transposed:
             pixels = pixels.transpose(1, 0, 2)
         return pixels[:: -1 if self._flip_y else 1, :: -1 if self._flip_x else 1]

@@ -98,8 +98,10 @@ class Volume:
         chosen = [int(index) for index in indices]
         if self.slices is None:
             raise ValueError(f"{self.path} is closed")
-        if not chosen or chosen[0] < 0 or any(a >= b for a, b in pairwise(chosen)):
-            raise ValueError(f"indices must increase strictly from 0 or more, and be at least one: {chosen}")
+        if not chosen or any(a >= b for a, b in pairwise(chosen)):
+            raise ValueError(f"indices must increase strictly, and be at least one: {chosen}")
+        if chosen[0] < 0 or chosen[-1] >= len(self.slices):
+            raise ValueError(f"indices {chosen[0]}..{chosen[-1]} are outside 0..{len(self.slices) - 1}")
         values = self.slices[chosen].astype(np.float64) * self.slope + self.intercept
         return torch.from_numpy(_rescale(values, *self.ends)).unsqueeze(1)
 

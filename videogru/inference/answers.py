@@ -39,8 +39,8 @@ def answer(
 ) -> int:
     """Classify what `asked` names and write it; returns how many inputs failed.
 
-    form: table, jsonl or csv; settings: dotted data.* keys that differ from the model's own. Raises ModelFileError where
-    no model fits, ConfigError for settings and outputs that cannot be used.
+    form: table, jsonl or csv; settings: dotted data.* keys that differ from the model's own. Raises ModelFileError
+    where no model fits, ConfigError for settings and outputs that cannot be used.
     """
     if out is not None:
         _check_writable(out)
@@ -66,7 +66,7 @@ def answer(
 def expand(asked: Sequence[str], kind: Kind, say: Say) -> list[str]:
     """Files, folders (searched for files of the model's kind) and globs as a list of files, each once, in order.
 
-    A path that does not exist stays in the list: it gets its error row. Raises SourceError where a folder holds nothing.
+    A path that does not exist stays in the list: it gets its error row. Raises SourceError where a folder holds none.
     """
     files: dict[str, None] = {}
     for text in asked:

@@ -21,7 +21,7 @@ STATE_FILE = "last.ckpt"
 
 
 class Scores(Callback):
-    """Writes metrics.csv, tells the terminal, and hands the model over whenever the validation score is the best so far.
+    """Writes metrics.csv, tells the terminal, and has the model saved whenever the validation score is the best so far.
 
     Must stand before weight averaging among the callbacks: it then sees the averaged weights that were validated.
     Score: AUROC for two classes, else accuracy; equal scores are decided by the lower loss.
@@ -129,8 +129,8 @@ def _clock(seconds: float) -> str:
 class SaveState(Checkpoint):
     """Saves all that a resumed run needs after every epoch, and in mid-epoch when the user or the system asks to stop.
 
-    The first Ctrl-C (SIGINT) or SIGTERM ends the run after the step in progress, with its state saved; the second ends it
-    at once. A Checkpoint by type, so that Lightning calls it after all others.
+    The first Ctrl-C (SIGINT) or SIGTERM ends the run after the step in progress, with its state saved; the second ends
+    it at once. A Checkpoint by type, so that Lightning calls it after all others.
     """
 
     def __init__(self, run: Path, *, say: Callable[[str], None]) -> None:

@@ -62,9 +62,9 @@ def fit(
 ) -> Trained:
     """Train and leave model.safetensors, metrics.csv, last.ckpt and TensorBoard logs in `run`.
 
-    config: resolved for the corpus's kind; resume: go on from last.ckpt; progress: draw a bar. Ctrl-C and SIGTERM save and
-    raise Interrupted. Raises DataError where there are no training rows or too many bad files, ConfigError where the
-    settings do not fit together.
+    config: resolved for the corpus's kind; resume: go on from last.ckpt; progress: draw a bar. Ctrl-C and SIGTERM save
+    and raise Interrupted. Raises DataError where there are no training rows or too many bad files, ConfigError where
+    the settings do not fit together.
     """
     train = config.train
     rows = corpus.manifest.rows("train")
