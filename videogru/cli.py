@@ -288,7 +288,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        return int(app(standalone_mode=False) or 0)
+        return int(app(standalone_mode=False, prog_name="videogru") or 0)
     except VideogruError as error:
         _say(f"error: {error}")
         return error.exit_code

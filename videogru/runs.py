@@ -25,7 +25,7 @@ from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
 from videogru.training.callbacks import STATE_FILE
-from videogru.training.fit import Trained, fit
+from videogru.training.fit import Trained, build_classifier, fit
 
 Say = Callable[[str], None]
 
@@ -106,6 +106,8 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
     config = config.model_copy(update={"data": config.data.for_kind(corpus.kind)})
     for note in corpus.notes:
         say(f"note: {note}")
+    # Settings that do not fit together must not leave a run folder behind.
+    build_classifier(config, len(corpus.classes))
     run = new_run(config.data.dataset, out)
     (run / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     corpus.manifest.to_csv(run / "splits.csv")

@@ -82,7 +82,12 @@ def build_encoder(config: ModelConfig, *, in_channels: int, frame_size: int) -> 
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016, arXiv:1512.03385, section 3.3; projection shortcut)."""
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016, arXiv:1512.03385, section 3.3).
+
+    The shortcut averages before its 1x1 convolution (ResNet-D: He et al. 2019, arXiv:1812.01187, section 4.2): no pixel
+    is dropped, and oneDNN's gradient of a strided 1x1 convolution over few channels writes outside its memory
+    (seen in torch 2.15: 8 channels, 14x14, 952 frames).
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -92,7 +97,9 @@ class ResidualBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.shortcut = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
         )
 
     def forward(self, maps: Float[Tensor, "N Din H W"]) -> Float[Tensor, "N Dout h w"]:

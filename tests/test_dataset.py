@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from videogru.config import DataConfig
+from videogru.data.batching import EpochBatches, OrderedBatches
+from videogru.data.dataset import ArraySource, ClipDataset, make_loader
+from videogru.data.layouts import Corpus
+from videogru.data.manifest import build_manifest
+
+
+def corpus(kind: str, arrays: np.ndarray) -> Corpus:
+    count = len(arrays)
+    manifest = build_manifest(Path(), ("a", "b"), [f"x/{row}" for row in range(count)], np.arange(count) % 2)
+    return Corpus("x", kind, ("a", "b"), manifest, arrays, None, 0, ())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def stills() -> Corpus:
+    return corpus("image", np.random.default_rng(0).integers(0, 256, (9, 1, 3, 8, 8), dtype=np.uint8))
+
+
+@pytest.fixture
+def volumes() -> Corpus:
+    return corpus("volume", np.random.default_rng(0).integers(0, 256, (5, 12, 1, 8, 8), dtype=np.uint8))
+
+
+def test_stills_by_the_batch_equal_stills_one_by_one(stills: Corpus) -> None:
+    """The short cut for arrays of the right size gives what the long way gives."""
+    keys = [(0, row) for row in (4, 0, 7)]
+    fast = ClipDataset(stills, data=DataConfig(frame_size=8).for_kind("image"))
+    slow = ClipDataset(stills, data=DataConfig(frame_size=8).for_kind("image"))
+    slow._stills = None
+    one, other = fast.__getitems__(keys).batch, slow.__getitems__(keys).batch
+    assert one is not None
+    assert other is not None
+    for name in ("frames", "lengths", "indices", "labels"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_evaluation_takes_the_centers_of_even_segments(volumes: Corpus) -> None:
+    data = DataConfig(frame_size=8, num_frames=4, intensity="window", window_high=255).for_kind("volume")
+    batch = ClipDataset(volumes, data=data).__getitems__([(0, 2)]).batch
+    assert batch is not None
+    wanted = torch.from_numpy(volumes.arrays[2, [1, 4, 7, 10]]).float() / 255  # type: ignore[index]
+    torch.testing.assert_close(batch.frames[0], wanted)
+
+
+def test_training_draws_depend_on_the_epoch_and_stay_in_their_segments(volumes: Corpus) -> None:
+    data = DataConfig(frame_size=8, num_frames=4, intensity="window", window_high=255).for_kind("volume")
+    dataset = ClipDataset(volumes, data=data, training=True)
+    drawn = set()
+    for epoch in range(12):
+        batch = dataset.__getitems__([(epoch, 2)]).batch
+        again = dataset.__getitems__([(epoch, 2)]).batch
+        assert batch is not None
+        assert again is not None
+        assert torch.equal(batch.frames, again.frames)
+        flat = torch.from_numpy(volumes.arrays[2]).float().flatten(1) / 255  # type: ignore[index]
+        steps = torch.cdist(batch.frames[0].flatten(1), flat).argmin(dim=1).tolist()
+        assert all(abs(step - (segment * 3 + 1)) <= 2 for segment, step in enumerate(steps))
+        drawn.add(tuple(steps))
+    assert len(drawn) > 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_keep_the_samplers_order(stills: Corpus, workers: int) -> None:
+    rows = np.array([8, 2, 5, 1, 0], dtype=np.int64)
+    dataset = ClipDataset(stills, data=DataConfig(frame_size=8).for_kind("image"))
+    loader = make_loader(dataset, OrderedBatches(rows, batch_size=2), num_workers=workers)
+    seen = [loaded.batch.indices.tolist() for loaded in loader if loaded.batch is not None]
+    assert seen == [[8, 2], [5, 1], [0]]
+
+
+def test_epoch_travels_with_the_batch(stills: Corpus) -> None:
+    batches = EpochBatches(np.arange(9, dtype=np.int64), batch_size=4, seed=0, epoch=lambda: 7)
+    dataset = ClipDataset(stills, data=DataConfig(frame_size=8).for_kind("image"))
+    assert {loaded.epoch for loaded in make_loader(dataset, batches, num_workers=0)} == {7}
+
+
+def test_array_rows_as_sources() -> None:
+    array = np.zeros((6, 1, 4, 4), np.uint8)
+    data = DataConfig(frame_size=4).for_kind("volume")
+    with ArraySource(array, Path("x/0"), "volume", data) as source:
+        assert source.unit == "mm"
+        assert source.extent == (-0.5, 5.5)
+        assert source.read([1, 4]).shape == (2, 1, 4, 4)
