@@ -38,6 +38,15 @@ def test_wrong_settings_name_key_value_and_origin(settings: dict, words: list[st
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"data.percentile_low": 60, "data.percentile_high": 40}, {"data.window_low": 5, "data.window_high": 5}],
+)
+def test_empty_intensity_windows(settings: dict) -> None:
+    with pytest.raises(ConfigError, match="must lie below"):
+        resolve_config(("--set", settings))
+
+
 def test_assignments_are_yaml_values() -> None:
     parsed = parse_assignments(["model.hidden_size=256", "data.augment.flip=0.5", "model.layer_norm=false"])
     assert parsed == {"model.hidden_size": 256, "data.augment.flip": 0.5, "model.layer_norm": False}

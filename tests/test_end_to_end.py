@@ -230,6 +230,25 @@ def test_eval_repeats_the_evaluation(there: Path, tmp_path: Path) -> None:
     assert (tmp_path / "alone" / "predictions-test.csv").read_text() == first
 
 
+def test_eval_on_other_data_with_fewer_classes_in_another_order(there: Path, tmp_path: Path) -> None:
+    """Labels are matched by name: a table with class b alone is scored as class b."""
+    shutil.copytree("images/b", tmp_path / "pictures")
+    table = tmp_path / "only-b.csv"
+    table.write_text("source,label,split\n" + "".join(f"pictures/{n}.png,b,test\n" for n in range(10)))
+    one_class = videogru("eval", "runs/images-0001", "--dataset", table, "--out", tmp_path / "scores")
+    assert one_class.code == 0, one_class.err
+    assert set(read_csv(tmp_path / "scores" / "predictions-test.csv").labels.tolist()) == {1}
+    table.write_text(table.read_text() + "pictures/0.png,a,test\n")
+    done = videogru("eval", "runs/images-0001", "--dataset", table, "--out", tmp_path / "scores")
+    assert done.code == 0, done.err
+    written = read_csv(tmp_path / "scores" / "predictions-test.csv")
+    assert written.labels.tolist() == [1] * 10 + [0]
+    table.write_text("source,label,split\npictures/0.png,c,test\npictures/1.png,b,test\n")
+    strange = videogru("eval", "runs/images-0001", "--dataset", table, "--out", tmp_path / "scores")
+    assert strange.code == 2
+    assert "c" in strange.err
+
+
 def test_config_of_a_run_repeats_it(there: Path, tmp_path: Path) -> None:
     done = videogru("train", "--config", "runs/images-0001/config.yaml", "--out", tmp_path / "again")
     assert done.code == 0, done.err
@@ -345,7 +364,7 @@ def test_an_array_row_and_its_nifti_file_are_one_source(there: Path, tmp_path: P
 
 def test_hostile_files_end_as_rows(there: Path, shared_data: Path) -> None:
     """Nothing in the hostile set ends the program; each file gets a prediction or an error."""
-    for folder, model in (("video", "videos"), ("nifti", "volumes")):
+    for folder, model in (("video", "videos"), ("nifti", "volumes"), ("dicom", "volumes")):
         files = sorted(p for p in (shared_data / "hostile" / folder).iterdir() if p.is_file())
         done = videogru("infer", *files, "--model", f"runs/{model}-0001", "--format", "jsonl")
         assert done.code in (0, 3)

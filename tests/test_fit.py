@@ -131,6 +131,12 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert [row["val_loss"] for row in ours] == [row["val_loss"] for row in theirs]
 
 
+@pytest.mark.parametrize("changes", [{}, {"train__ema_decay": 0.9}, {"train__keep": "last"}])
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, changes: dict) -> None:
+    config = settings(**changes)
+    assert same(train(tmp_path, config), train(tmp_path, config, resume=True))
+
+
 def test_sigterm_saves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     StopAt(monkeypatch, 2, signal.SIGTERM)
     with pytest.raises(Interrupted):

@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 internal error, 2 usage or config, 3 some inputs failed, 4 a
 Heavy modules are imported inside the commands, so that `videogru --help` answers at once.
 """
 
+import logging
 import sys
 import traceback
 from enum import StrEnum
@@ -53,7 +54,11 @@ DataDirOption = Annotated[
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if "tqdm" in sys.modules:
+        # A progress bar may be on the line; tqdm puts the text above it.
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _version(asked: bool | None) -> None:
@@ -287,6 +292,8 @@ def main() -> None:
 
 
 def _run() -> int:
+    # nibabel writes what it dislikes in a header to stderr; what matters of it comes back as an error.
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     try:
         return int(app(standalone_mode=False, prog_name="videogru") or 0)
     except VideogruError as error:

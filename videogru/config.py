@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from videogru.errors import ConfigError
 
@@ -71,6 +71,15 @@ class DataConfig(Settings):
     )
     max_bad: int = Field(100, ge=0, description="unreadable training files that are skipped before the run stops")
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "DataConfig":
+        for low, high in (("percentile_low", "percentile_high"), ("window_low", "window_high")):
+            if not getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"data.{low} = {getattr(self, low)} must lie below data.{high} = {getattr(self, high)}"
+                )
+        return self
 
     def for_kind(self, kind: Kind) -> "DataConfig":
         """The same with the defaults that depend on the kind of source filled in."""
@@ -228,6 +237,8 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "value_error":
+            raise ConfigError(str(first["ctx"]["error"])) from None
         given_in = next((o for k, o in origins.items() if k == key or k.startswith(key + ".")), None)
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"unknown key {key!r}", where=given_in, hint=nearest(key, known_keys()) or None) from None

@@ -6,7 +6,7 @@ evaluation-SPLIT.json · bad_files.csv · report.html
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def settings_for_training(name: str | None, flags: Mapping[str, Any], assigned: 
 def _kind(data: DataConfig) -> str:
     if data.dataset in card_names():
         return load_card(data.dataset).kind
-    return open_corpus(data, seed=data.split_seed).kind
+    return open_corpus(data, seed=data.split_seed, for_training=False).kind
 
 
 def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outcome:
@@ -160,12 +160,7 @@ def assess(
     Raises DataError where the corpus names other classes than the model, or a split has no rows.
     """
     predictor = Predictor.from_file(model, device=device, data=config.data)
-    if corpus.classes != predictor.card.classes:
-        raise DataError(
-            f"the data set has the classes {_some(corpus.classes)}, the model {_some(predictor.card.classes)}",
-            where=model,
-            hint="Evaluate a model on the data set it was trained for, or name the labels as the model does.",
-        )
+    corpus = _with_classes_of(corpus, predictor.card.classes, model)
     predictions: dict[str, Predictions] = {}
     evaluations: dict[str, Evaluation] = {}
     for split in splits:
@@ -201,16 +196,36 @@ def assess(
     return Outcome(run, evaluations, report)
 
 
+def _with_classes_of(corpus: Corpus, classes: tuple[str, ...], model: Path) -> Corpus:
+    """The corpus with labels in the model's class order; it may lack classes, but not have others."""
+    strangers = tuple(name for name in corpus.classes if name not in classes)
+    if strangers:
+        raise DataError(
+            f"the model does not know the classes {_some(strangers)}; it knows {_some(classes)}",
+            where=model,
+            hint="Evaluate a model on the data set it was trained for, or name the labels as the model does.",
+        )
+    # The last entry serves the label -1, unknown.
+    codes = np.array([*(classes.index(name) for name in corpus.classes), -1], dtype=np.int64)
+    manifest = replace(corpus.manifest, classes=classes, labels=codes[corpus.manifest.labels])
+    return replace(corpus, classes=classes, manifest=manifest)
+
+
 def _facts(predictor: Predictor, corpus: Corpus, evaluations: dict[str, Evaluation], shown: str) -> dict[str, str]:
     parts = predictor.classifier.describe()
-    facts = {key.replace("_", " "): f"{value:,}" for key, value in parts.items()}
+    facts = {f"{part} parameters": f"{parts[part]:,}" for part in ("encoder", "recurrent", "head", "total")}
+    facts["steps per frame"] = str(parts["steps_per_frame"])
     facts |= {"data set": corpus.name, "kind": corpus.kind}
     facts |= {f"rows in {split}": f"{len(corpus.manifest.rows(split)):,}" for split in SPLITS}
     for split, evaluation in evaluations.items():
         if split != shown:
             name, value, between = evaluation.summary_rows()[0]
             facts[f"{name} on {split}"] = f"{value} ({between})"
-    facts |= {f"{name} at the kept epoch": f"{value:.4g}" for name, value in predictor.card.metrics.items()}
+    kept = predictor.card.metrics
+    if "epoch" in kept:
+        facts["kept epoch"] = str(int(kept["epoch"]) + 1)
+    names = {"val_auroc": "validation AUROC", "val_accuracy": "validation accuracy", "val_loss": "validation loss"}
+    facts |= {f"{name}, while training": f"{kept[key]:.3f}" for key, name in names.items() if key in kept}
     return facts
 
 
@@ -239,7 +254,7 @@ def evaluate_run(
     if data_dir is not None:
         update["data_dir"] = data_dir
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=update)})
-    corpus = open_corpus(settings.data, seed=settings.data.split_seed)
+    corpus = open_corpus(settings.data, seed=settings.data.split_seed, for_training=False)
     if corpus.kind != card.kind:
         raise ModelFileError(f"this model reads {card.kind}s, the data set holds {corpus.kind}s", where=model)
     target = out or run
@@ -274,5 +289,5 @@ def describe(name: str, data_dir: Path | None, assignments: list[str]) -> dict[s
     """What `videogru data info` shows of a data set."""
     flags = {"data.dataset": name, "data.data_dir": None if data_dir is None else str(data_dir)}
     settings = settings_for_training(None, flags, parse_assignments(assignments))
-    corpus = open_corpus(settings.data, seed=settings.data.split_seed)
+    corpus = open_corpus(settings.data, seed=settings.data.split_seed, for_training=False)
     return describe_corpus(corpus, data=settings.data.for_kind(corpus.kind))

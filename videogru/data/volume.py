@@ -20,7 +20,7 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig, Kind
-from videogru.errors import ConfigError, SourceError
+from videogru.errors import SourceError
 from videogru.sequence import Unit
 
 Axis = Literal["axial", "coronal", "sagittal"]
@@ -50,7 +50,7 @@ def to_unit_range(volume: Shaped[np.ndarray, "..."], data: DataConfig) -> Float3
     intensity=window: the ends are window_low and window_high. intensity=percentile: they are percentiles of the finite
     voxels; of a volume with more than two million, only every s-th voxel along each axis counts. Where the two
     percentiles coincide (masks), the ends are minimum and maximum of all finite voxels. A constant volume gives zeros.
-    NaN and infinities give 0. Raises ConfigError where low >= high in `data`, ValueError without a finite voxel.
+    NaN and infinities give 0. Raises ValueError without a finite voxel.
     """
     return _rescale(volume, *_intensity_ends(volume, data, slope=1.0, intercept=0.0))
 
@@ -63,7 +63,7 @@ def open_volume(path: Path, *, data: DataConfig) -> "Volume":
     """
     try:
         return _load(path, data)
-    except (SourceError, ConfigError):
+    except SourceError:
         raise
     # nibabel, gzip and zlib each raise their own kinds on damaged files.
     except Exception as error:
@@ -219,9 +219,6 @@ def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, int
     """Values (after slope and intercept) that become 0 and 1; equal where the volume is constant."""
     by_window = data.intensity == "window"
     low, high = (data.window_low, data.window_high) if by_window else (data.percentile_low, data.percentile_high)
-    if not low < high:
-        name = "window" if by_window else "percentile"
-        raise ConfigError(f"data.{name}_low = {low:g} must be below data.{name}_high = {high:g}")
     if by_window:
         return low, high
     stride = ceil((volume.size / MAX_PERCENTILE_VOXELS) ** (1 / max(volume.ndim, 1)))

@@ -50,6 +50,8 @@ class SequenceTask(pl.LightningModule):
         labels = loaded.batch.labels
         logits = self.classifier(loaded.batch.frames, loaded.batch.lengths)
         loss = F.cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=self.config.label_smoothing)
+        if self.trainer.progress_bar_callback is not None:
+            self.log("loss", loss.detach(), prog_bar=True, batch_size=len(labels), logger=False)
         self._train.add(loss.detach(), (logits.detach().argmax(dim=1) == labels).sum(), len(labels))
         return loss
 
