@@ -16,11 +16,28 @@ def clips(count: int = 6, size: int = 12) -> torch.Tensor:
     return torch.rand(count, 3, 1, size, size, generator=torch.Generator().manual_seed(1))
 
 
+def full(frames: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(frames),), frames.shape[1])
+
+
+def test_padding_changes_nothing() -> None:
+    """A short clip is changed alike alone and padded beside a longer one; the padding stays empty."""
+    frames = clips(2)
+    frames[0, 1:] = 0
+    key = {"config": EVERYTHING, "seed": 3, "epoch": 2}
+    together = augment_batch(frames, torch.tensor([1, 3]), indices=[7, 1], **key)
+    alone = augment_batch(frames[:1, :1], torch.tensor([1]), indices=[7], **key)
+    torch.testing.assert_close(together[0, :1], alone[0], atol=1e-6, rtol=0)
+    assert not together[0, 1:].any()
+
+
 def test_a_clip_is_changed_alike_in_any_batch() -> None:
     frames = clips()
-    together = augment_batch(frames, config=EVERYTHING, seed=3, epoch=2, indices=[7, 1, 5, 0, 9, 4])
+    together = augment_batch(frames, full(frames), config=EVERYTHING, seed=3, epoch=2, indices=[7, 1, 5, 0, 9, 4])
     for place, index in enumerate([7, 1, 5, 0, 9, 4]):
-        alone = augment_batch(frames[place : place + 1], config=EVERYTHING, seed=3, epoch=2, indices=[index])
+        alone = augment_batch(
+            frames[place : place + 1], full(frames)[:1], config=EVERYTHING, seed=3, epoch=2, indices=[index]
+        )
         torch.testing.assert_close(alone[0], together[place], atol=1e-6, rtol=0)
 
 
@@ -28,20 +45,22 @@ def test_a_clip_is_changed_alike_in_any_batch() -> None:
 def test_seed_epoch_and_index_each_matter(change: dict) -> None:
     key = {"seed": 3, "epoch": 2, "indices": [7]}
     frames = clips(1)
-    one = augment_batch(frames, config=EVERYTHING, **key)
-    other = augment_batch(frames, config=EVERYTHING, **{**key, **change})
+    one = augment_batch(frames, full(frames), config=EVERYTHING, **key)
+    other = augment_batch(frames, full(frames), config=EVERYTHING, **{**key, **change})
     assert not torch.equal(one, other)
 
 
 def test_no_augmentation_only_scales() -> None:
     frames = torch.randint(0, 256, (2, 1, 3, 4, 4), dtype=torch.uint8)
-    same = augment_batch(frames, config=AugmentConfig(), seed=0, epoch=0, indices=[0, 1])
+    same = augment_batch(frames, full(frames), config=AugmentConfig(), seed=0, epoch=0, indices=[0, 1])
     assert torch.equal(same, frames.float() / 255)
 
 
 def test_flips_mirror_the_width_about_half_of_the_time() -> None:
     frames = clips(1).expand(400, -1, -1, -1, -1)
-    flipped = augment_batch(frames, config=AugmentConfig(flip=0.5), seed=0, epoch=0, indices=list(range(400)))
+    flipped = augment_batch(
+        frames, full(frames), config=AugmentConfig(flip=0.5), seed=0, epoch=0, indices=list(range(400))
+    )
     mirrored = torch.tensor([torch.allclose(clip, frames[0].flip(-1), atol=1e-5) for clip in flipped])
     unchanged = torch.tensor([torch.allclose(clip, frames[0], atol=1e-5) for clip in flipped])
     assert bool((mirrored | unchanged).all())
@@ -50,7 +69,9 @@ def test_flips_mirror_the_width_about_half_of_the_time() -> None:
 
 def test_shifts_copy_whole_pixels() -> None:
     frames = clips(1, size=16).expand(50, -1, -1, -1, -1)
-    shifted = augment_batch(frames, config=AugmentConfig(translate=0.125), seed=0, epoch=0, indices=list(range(50)))
+    shifted = augment_batch(
+        frames, full(frames), config=AugmentConfig(translate=0.125), seed=0, epoch=0, indices=list(range(50))
+    )
     seen = set()
     padded = torch.nn.functional.pad(frames[0], (2, 2, 2, 2), mode="reflect")
     symmetric = torch.from_numpy(np.pad(frames[0].numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="symmetric"))
@@ -73,7 +94,7 @@ def test_rotation_turns_about_the_center() -> None:
     frames[..., 16, 24] = 1.0
     config = AugmentConfig(rotate_degrees=30)
     for index in range(8):
-        turned = augment_batch(frames, config=config, seed=0, epoch=0, indices=[index])[0, 0, 0]
+        turned = augment_batch(frames, full(frames), config=config, seed=0, epoch=0, indices=[index])[0, 0, 0]
         weight = turned.sum()
         y = (turned.sum(dim=1) * torch.arange(size)).sum() / weight - 16
         x = (turned.sum(dim=0) * torch.arange(size)).sum() / weight - 16
@@ -84,7 +105,7 @@ def test_rotation_turns_about_the_center() -> None:
 def test_erasing_fills_one_square_with_the_mean() -> None:
     frames = clips(1, size=32)
     config = AugmentConfig(erase=0.99)
-    erased = augment_batch(frames, config=config, seed=0, epoch=0, indices=[0])
+    erased = augment_batch(frames, full(frames), config=config, seed=0, epoch=0, indices=[0])
     changed = (erased != frames)[0, 0, 0]
     assert 0.01 < float(changed.float().mean()) <= 0.27
     assert torch.allclose(erased[0, 0, 0][changed], frames[0].mean())

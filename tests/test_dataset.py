@@ -6,7 +6,7 @@ import torch
 
 from videogru.config import DataConfig
 from videogru.data.batching import EpochBatches, OrderedBatches
-from videogru.data.dataset import ArraySource, ClipDataset, make_loader
+from videogru.data.dataset import ArraySource, ClipDataset, default_workers, make_loader
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 
@@ -87,3 +87,15 @@ def test_array_rows_as_sources() -> None:
         assert source.unit == "mm"
         assert source.extent == (-0.5, 5.5)
         assert source.read([1, 4]).shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arrays", "asked", "expected"),
+    [("image", True, None, 0), ("image", True, 3, 3), ("video", False, 0, 0), ("video", False, None, None)],
+)
+def test_workers(kind: str, arrays: bool, asked: int | None, expected: int | None) -> None:
+    manifest = build_manifest(Path(), ("a", "b"), ["1", "2"], [0, 1])
+    array = np.zeros((2, 1, 3, 4, 4), np.uint8) if arrays else None
+    corpus = Corpus("x", kind, ("a", "b"), manifest, array, None, 0, ())  # type: ignore[arg-type]
+    workers = default_workers(corpus, asked)
+    assert workers == expected if expected is not None else 1 <= workers <= 8

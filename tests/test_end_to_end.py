@@ -187,16 +187,27 @@ def test_volumes_that_cannot_be_used(there: Path, tmp_path: Path) -> None:
 
 def test_a_folder_without_media(there: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing here")
-    done = videogru("infer", tmp_path, "--model", "runs/videos-0001")
+    done = videogru("infer", tmp_path, "videos/a/0.mp4", "--model", "runs/videos-0001", "--format", "jsonl")
     assert done.code == 3
-    assert str(tmp_path) in done.err
+    empty, good = (json.loads(line) for line in done.out.splitlines())
+    assert "no video files" in empty["error"]
+    assert good["predicted"] in {"a", "b"}
+
+
+def test_a_sliver_is_one_bad_row(there: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (10_000, 10)).save(tmp_path / "sliver.png")
+    done = videogru("infer", tmp_path / "sliver.png", "images/a/0.png", "--format", "jsonl")
+    assert done.code == 3
+    sliver, good = (json.loads(line) for line in done.out.splitlines())
+    assert "sliver.png" in sliver["error"]
+    assert good["error"] is None
 
 
 def test_a_model_of_another_kind(there: Path) -> None:
     done = videogru("infer", "videos/a/0.mp4", "--model", "runs/volumes-0001")
     assert done.code == 3
     assert "volume" in done.out
-    done = videogru("eval", "runs/volumes-0001", "--dataset", "videos")
+    done = videogru("eval", "runs/volumes-0001", "--dataset", "videos", "--out", there / "nowhere")
     assert done.code == 2
     assert "volumes" in done.err
 
@@ -272,6 +283,65 @@ def test_resume_wants_the_same_data(there: Path, tmp_path: Path) -> None:
     done = videogru("train", "--resume", tmp_path / "run")
     assert done.code == 2
     assert "splits" in done.err
+
+
+def test_eval_wants_the_splits_of_the_run(there: Path, tmp_path: Path) -> None:
+    """One more file would deal the rows anew, and training rows would be scored as test rows."""
+    data = tmp_path / "pictures"
+    shutil.copytree("images", data)
+    size = ("--set", "data.frame_size=16", "--batch-size", "8")
+    assert videogru("train", "--dataset", data, "--out", tmp_path / "run", *QUICK, *size).code == 0
+    shutil.copy(data / "a" / "0.png", data / "a" / "zz.png")
+    done = videogru("eval", tmp_path / "run")
+    assert done.code == 2
+    assert "splits" in done.err
+    assert videogru("eval", tmp_path / "run", "--dataset", data).code == 2
+    assert videogru("eval", tmp_path / "run", "--dataset", data, "--out", tmp_path / "all").code == 0
+    assert len(read_csv(tmp_path / "all" / "predictions-test.csv")) == 21
+
+
+def test_eval_of_another_split_leaves_the_runs_own_report(there: Path) -> None:
+    run = there / "runs" / "images-0001"
+    before = (run / "report.html").read_bytes()
+    assert videogru("eval", run, "--split", "val").code == 0
+    assert (run / "report.html").read_bytes() == before
+    assert (run / "eval-val" / "report.html").is_file()
+
+
+def test_unreadable_rows_show_in_eval(there: Path, tmp_path: Path) -> None:
+    shutil.copytree("images", tmp_path / "pictures")
+    (tmp_path / "pictures" / "a" / "3.png").write_bytes(b"broken")
+    done = videogru("eval", "runs/images-0001", "--dataset", tmp_path / "pictures", "--out", tmp_path / "scores")
+    assert done.code == 3
+    assert "1 of 20 could not be read" in done.err
+
+
+def test_split_folders(there: Path, tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        shutil.copytree("images", tmp_path / "sets" / split)
+    size = ("--set", "data.frame_size=16", "--batch-size", "8")
+    done = videogru("train", "--dataset", tmp_path / "sets", "--out", tmp_path / "run", *QUICK, *size)
+    assert done.code == 0, done.err
+    assert "2 classes, 20 train, 20 val, 20 test" in done.err
+    (tmp_path / "sets" / "more").mkdir()
+    done = videogru("train", "--dataset", tmp_path / "sets", *QUICK, *size)
+    assert done.code == 2
+    assert "more" in done.err
+
+
+def test_a_damaged_state_cannot_be_resumed(there: Path, tmp_path: Path) -> None:
+    shutil.copytree("runs/images-0001", tmp_path / "run")
+    state = tmp_path / "run" / "last.ckpt"
+    state.write_bytes(state.read_bytes()[:1000])
+    done = videogru("train", "--resume", tmp_path / "run")
+    assert done.code == 2
+    assert "last.ckpt" in done.err
+
+
+def test_several_processes_are_refused(there: Path) -> None:
+    done = videogru("train", "--dataset", "images", "--devices", "2")
+    assert done.code == 2
+    assert "not supported yet" in done.err
 
 
 def test_training_skips_and_lists_bad_files(there: Path, tmp_path: Path) -> None:

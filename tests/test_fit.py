@@ -165,9 +165,45 @@ def test_no_training_rows(tmp_path: Path) -> None:
         train(tmp_path, settings(), Corpus("bars", "image", corpus.classes, manifest, corpus.arrays, None, 0, ()))
 
 
-def test_more_processes_than_rows(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="shared"):
-        train(tmp_path, settings(train__devices=41))
+def test_early_stopping_without_validation_rows(tmp_path: Path) -> None:
+    corpus = bars()
+    manifest = corpus.manifest.take(corpus.manifest.rows("train"))
+    only = Corpus("bars", "image", corpus.classes, manifest, corpus.arrays, None, 0, ())
+    with pytest.raises(ConfigError, match="early_stopping"):
+        train(tmp_path, settings(train__early_stopping=2), only)
+
+
+def test_early_stopping_works_where_the_last_epoch_is_kept(tmp_path: Path) -> None:
+    train(tmp_path, settings(train__epochs=40, train__lr=1e-9, train__early_stopping=2, train__keep="last"))
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) < 12
+
+
+def test_a_diverged_training_is_an_error_and_leaves_no_model(tmp_path: Path) -> None:
+    wild = settings(train__optimizer="sgd", train__lr=1e30, train__clip_norm=0, train__warmup=0)
+    with pytest.raises(DataError, match="diverged"):
+        train(tmp_path, wild)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_validation_saves_the_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    from videogru.training.task import SequenceTask
+
+    whole = train(tmp_path / "whole", settings())
+    real = SequenceTask.validation_step
+
+    def stopped(self: SequenceTask, *args: object) -> None:
+        if self.trainer.current_epoch == 1 and args[-1] == 0:
+            os.kill(os.getpid(), number)
+        real(self, *args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SequenceTask, "validation_step", stopped)
+        with pytest.raises(Interrupted):
+            train(tmp_path / "cut", settings())
+    assert same(whole, train(tmp_path / "cut", settings(), resume=True))
 
 
 def test_named_precisions() -> None:

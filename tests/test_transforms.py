@@ -5,6 +5,7 @@ from PIL import Image
 
 from videogru.config import DataConfig
 from videogru.data.transforms import fit_frames, prepare_clip, to_channels
+from videogru.errors import SourceError
 from videogru.sequence import FrameSequence
 
 
@@ -61,7 +62,7 @@ def test_nothing_happens_to_frames_of_the_right_size() -> None:
 
 
 def test_a_sliver_is_refused() -> None:
-    with pytest.raises(ValueError, match="pad"):
+    with pytest.raises(SourceError, match="pad"):
         fit_frames(torch.zeros(1, 1, 1, 5000), size=112, fit="crop")
 
 

@@ -4,6 +4,8 @@ Exit codes: 0 ok, 1 internal error, 2 usage or config, 3 some inputs failed, 4 a
 Heavy modules are imported inside the commands, so that `videogru --help` answers at once.
 """
 
+import errno
+import io
 import logging
 import sys
 import traceback
@@ -26,6 +28,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(data_app, name="data")
+
+
+# A full disk, missing rights, a name too long: nothing that a traceback would explain.
+_OF_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 
 
 class Format(StrEnum):
@@ -102,10 +108,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Clips per step and process.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    devices: Annotated[int | None, typer.Option(help="GPUs or processes per node.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
+    devices: Annotated[int | None, typer.Option(help="GPUs per node; more than one: not yet.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines; more than one: not yet.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order, splits and augmentation.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: runs/<data set>-NNNN.", show_default=False)
     ] = None,
@@ -157,7 +163,7 @@ def evaluate(
     data_dir: DataDirOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results; default: the run's own.", show_default=False)
+        Path | None, typer.Option(help="Folder for the results; default: in the run.", show_default=False)
     ] = None,
 ) -> None:
     """Evaluate a model on a split: metrics with 95 % intervals, predictions, report."""
@@ -167,6 +173,8 @@ def evaluate(
         run_or_model, split=split.value, dataset=dataset, data_dir=data_dir, device=device, out=out, say=_say
     )
     _show_outcome(outcome)
+    if any(evaluation.failed for evaluation in outcome.evaluations.values()):
+        raise typer.Exit(3)
 
 
 @app.command(
@@ -220,7 +228,7 @@ def data_list() -> None:
     cards = list_cards()
     table = Table(*cards[0], box=None, pad_edge=False)
     for card in cards:
-        table.add_row(*(_cell(value) for value in card.values()))
+        table.add_row(*("not here" if value is None else _cell(value) for value in card.values()))
     _console().print(table)
 
 
@@ -248,7 +256,10 @@ def _print_facts(facts: dict[str, Any], indent: int = 0) -> None:
     for key, value in facts.items():
         if value is None or value == [] or value == {}:
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and indent and not any(isinstance(inner, dict) for inner in value.values()):
+            counts = "  ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
+            print(" " * indent + f"{key!s:<{width}}  {counts}")
+        elif isinstance(value, dict):
             print(" " * indent + str(key))
             _print_facts(value, indent + 2)
         else:
@@ -260,6 +271,8 @@ def _cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value):
+        return f"{_cell(value[0])} to {_cell(value[1])}"
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value)
     return "" if value is None else str(value)
@@ -294,18 +307,20 @@ def main() -> None:
 def _run() -> int:
     # nibabel writes what it dislikes in a header to stderr; what matters of it comes back as an error.
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    for stream in (sys.stdout, sys.stderr):
+        # File names need not be valid text; one of them must not end the work.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return int(app(standalone_mode=False, prog_name="videogru") or 0)
     except VideogruError as error:
         _say(f"error: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 130
-    except BrokenPipeError:
-        # The reader (head, less) went away; nothing of it may reach the interpreter's own flush.
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115, PTH123
-        return 0
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            return _click_exit(error)
+        _say(f"error: {error.filename or 'writing'}: {error.strerror}")
+        return 2
     except Exception as error:  # noqa: BLE001
         return _click_exit(error)
 
@@ -316,6 +331,7 @@ def _click_exit(error: Exception) -> int:
         show()
         return int(error.exit_code)
     if type(error).__name__ == "Abort":
+        _say("interrupted")
         return 130
     traceback.print_exception(error)
     _say("error: this is a mistake in videogru, not yours; please report it with the lines above")

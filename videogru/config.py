@@ -24,7 +24,7 @@ Positive = Annotated[int, Field(ge=1)]
 class Settings(BaseModel):
     """Frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class AugmentConfig(Settings):
@@ -41,7 +41,9 @@ class AugmentConfig(Settings):
     brightness: Fraction = Field(0.0, description="largest change of brightness, as a fraction of full range")
     contrast: Fraction = Field(0.0, description="largest relative change of contrast")
     noise: Fraction = Field(0.0, description="largest sd of Gaussian noise, as a fraction of full range")
-    erase: Fraction = Field(0.0, description="probability of filling one random rectangle with the mean")
+    erase: Fraction = Field(
+        0.0, description="probability of filling one square with the mean (volumes: a block with 0)"
+    )
 
 
 class DataConfig(Settings):
@@ -136,12 +138,20 @@ class TrainConfig(Settings):
         "best", description="weights that are kept: best validation score, or last epoch"
     )
     ema_decay: Fraction = Field(0.0, description="decay per step of the averaged weights that are kept; 0: off")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     num_workers: int | None = Field(
         None, ge=0, description="reader processes; default: one per core but one, at most 8"
     )
-    devices: Positive = Field(1, description="GPUs or processes per node")
-    nodes: Positive = 1
+    devices: Positive = Field(1, description="GPUs or processes per node; more than one: not yet")
+    nodes: Positive = Field(1, description="machines; more than one: not yet")
+
+    @model_validator(mode="after")
+    def _one_process(self) -> "TrainConfig":
+        if self.devices * self.nodes > 1:
+            raise ValueError(
+                "training on several devices or nodes is not supported yet: --devices and --nodes must be 1"
+            )
+        return self
 
 
 class Config(Settings):

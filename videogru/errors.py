@@ -46,12 +46,6 @@ class SourceError(VideogruError):
     exit_code = 3
 
 
-class GateError(VideogruError):
-    """A check that must pass before something is written did not."""
-
-    exit_code = 4
-
-
 class Interrupted(VideogruError):
     """Ctrl-C or SIGTERM, after the state was saved."""
 

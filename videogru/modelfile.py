@@ -57,6 +57,8 @@ class ModelCard(BaseModel):
             raise ValueError(f"mean and std want {self.in_channels} values, std above 0")
         if self.frame_size != self.data.frame_size:
             raise ValueError(f"frame_size {self.frame_size} but data.frame_size {self.data.frame_size}")
+        if self.data.channels not in (None, self.in_channels):
+            raise ValueError(f"{self.in_channels} channels but data.channels {self.data.channels}")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("class names repeat")
         return self
@@ -109,7 +111,7 @@ def write_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
         raise ValueError("the card describes another classifier")
     if card.frame_size != classifier.frame_size or (card.mean, card.std) != (classifier.mean, classifier.std):
         raise ValueError("the card describes other frames than the classifier takes")
-    data = card.data.model_copy(update={"data_dir": None})
+    data = card.data.model_copy(update={"data_dir": None, "dataset": Path(card.data.dataset).name})
     model = card.model.model_copy(update={"weights": Path(card.model.weights).name})
     card = card.model_copy(update={"data": data, "model": model})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}

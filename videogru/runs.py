@@ -5,6 +5,8 @@ evaluation-SPLIT.json · bad_files.csv · report.html
 """
 
 import re
+import shlex
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,19 +14,29 @@ from typing import Any
 
 import numpy as np
 
-from videogru.config import SPLITS, Config, DataConfig, Split, parse_assignments, read_settings_file, resolve_config
+from videogru.config import (
+    SPLITS,
+    Config,
+    DataConfig,
+    Kind,
+    Split,
+    parse_assignments,
+    read_settings_file,
+    resolve_config,
+)
 from videogru.data.card import load_card
 from videogru.data.dataset import ClipDataset
 from videogru.data.describe import describe_corpus
 from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.video import check_decoder
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.evaluate import Evaluation, evaluate
 from videogru.inference.predict import Predictor
-from videogru.inference.predictions import Predictions
+from videogru.inference.predictions import Predictions, atomic_text, read_csv
 from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
-from videogru.training.callbacks import STATE_FILE
+from videogru.training.callbacks import STATE_FILE, check_resumable
 from videogru.training.fit import Trained, build_classifier, fit
 
 Say = Callable[[str], None]
@@ -89,7 +101,8 @@ def settings_for_training(name: str | None, flags: Mapping[str, Any], assigned: 
         raise ConfigError(
             "no data set named", hint="Example: videogru train --dataset adrenalmnist3d   (see videogru data list)"
         )
-    recipe = recipe_path(dataset) or recipe_path(_kind(resolve_config(*top).data))
+    recipe = recipe_path(dataset) if dataset in card_names() else None
+    recipe = recipe or recipe_path(_kind(resolve_config(*top).data))
     base = [(str(recipe), read_settings_file(recipe))] if recipe else []
     return resolve_config(*base, *top)
 
@@ -108,8 +121,11 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
         say(f"note: {note}")
     # Settings that do not fit together must not leave a run folder behind.
     build_classifier(config, len(corpus.classes))
+    if corpus.kind == "video":
+        check_decoder(config.data.decoder)
     run = new_run(config.data.dataset, out)
-    (run / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    with atomic_text(run / "config.yaml") as file:
+        file.write(config.to_yaml())
     corpus.manifest.to_csv(run / "splits.csv")
     counts = ", ".join(f"{len(corpus.manifest.rows(split))} {split}" for split in SPLITS)
     say(f"{corpus.name}: {corpus.kind}s, {len(corpus.classes)} classes, {counts}; run folder {run}")
@@ -126,17 +142,24 @@ def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
             hint=f"Start anew: videogru train --config {run / 'config.yaml'}",
         )
     corpus = open_corpus(config.data, seed=config.data.split_seed)
-    check = run / "splits-now.csv"
-    corpus.manifest.to_csv(check)
-    same = check.read_bytes() == (run / "splits.csv").read_bytes()
-    check.unlink()
-    if not same:
-        raise DataError(
-            "the data set has other rows or splits than when the run began",
-            where=run / "splits.csv",
-            hint=f"Bring the files back, or start anew: videogru train --config {run / 'config.yaml'}",
-        )
+    _check_splits(corpus, run)
+    check_resumable(run / STATE_FILE)
     return _train(config, corpus, run, resume=True, progress=progress, say=say)
+
+
+def _check_splits(corpus: Corpus, run: Path) -> None:
+    """Refuse a corpus whose rows or splits are not those of the run: its test rows may have been trained on."""
+    saved = run / "splits.csv"
+    with tempfile.TemporaryDirectory() as folder:
+        now = Path(folder) / "splits.csv"
+        corpus.manifest.to_csv(now)
+        if saved.is_file() and saved.read_bytes() == now.read_bytes():
+            return
+    raise DataError(
+        "the data set has other rows or splits than when the run began" if saved.is_file() else "no such file",
+        where=saved,
+        hint=f"Bring the files back, or start anew: videogru train --config {run / 'config.yaml'}",
+    )
 
 
 def run_config(run: Path) -> Config:
@@ -147,17 +170,28 @@ def run_config(run: Path) -> Config:
 
 def _train(config: Config, corpus: Corpus, run: Path, *, resume: bool, progress: bool, say: Say) -> Outcome:
     trained = fit(config, corpus, run, resume=resume, progress=progress, say=say)
-    splits: list[Split] = [split for split in ("val", "test") if len(corpus.manifest.rows(split))]
-    outcome = assess(trained.model, config, corpus, run, splits=splits, say=say)
+    labels = corpus.manifest.labels
+    splits: list[Split] = [split for split in ("val", "test") if (labels[corpus.manifest.rows(split)] >= 0).any()]
+    commands = [_typed("train", "--config", run / "config.yaml"), _typed("eval", run)]
+    outcome = assess(trained.model, config, corpus, run, splits=splits, commands=commands, say=say)
     return Outcome(run, outcome.evaluations, outcome.report, trained)
 
 
 def assess(
-    model: Path, config: Config, corpus: Corpus, run: Path, *, splits: list[Split], device: str = "auto", say: Say
+    model: Path,
+    config: Config,
+    corpus: Corpus,
+    run: Path,
+    *,
+    splits: list[Split],
+    commands: list[str],
+    device: str = "auto",
+    say: Say,
 ) -> Outcome:
-    """Predict the splits, write predictions, evaluations and the report into `run`.
+    """Predict the splits, write predictions, evaluations and the report (of the last split) into `run`.
 
-    Raises DataError where the corpus names other classes than the model, or a split has no rows.
+    commands: what repeats this, for the report. Raises DataError where the corpus has classes that the model does not
+    know, or a split has no rows; a split without one usable row is told and left out, unless it is the only one.
     """
     predictor = Predictor.from_file(model, device=device, data=config.data)
     corpus = _with_classes_of(corpus, predictor.card.classes, model)
@@ -170,17 +204,26 @@ def assess(
             raise DataError(
                 f"no rows in the split {split}", where=corpus.name, hint=f"Use --split {' or '.join(filled)}."
             )
-        predictions[split] = predictor.predict(
+        written = run / f"predictions-{split}.csv"
+        predictor.predict(
             corpus, rows, batch_size=config.train.batch_size, num_workers=config.train.num_workers
-        )
-        evaluations[split] = evaluate(predictions[split])
-        predictions[split].write_csv(run / f"predictions-{split}.csv")
+        ).write_csv(written)
+        # What is reported is what was written.
+        said = read_csv(written)
+        try:
+            evaluations[split] = evaluate(said)
+        except DataError as error:
+            if len(splits) == 1:
+                raise
+            say(f"{split}: {error}")
+            continue
+        predictions[split] = said
         evaluations[split].to_json(run / f"evaluation-{split}.json")
         say(f"{split}: {_headline(evaluations[split])}")
     if not evaluations:
         say("no validation or test rows: nothing to evaluate")
         return Outcome(run, {}, None)
-    last = splits[-1]
+    last = list(evaluations)[-1]
     report = write_report(
         run,
         title=f"{corpus.name}: {config.model.encoder} + {config.model.cell}, {last} split",
@@ -190,7 +233,7 @@ def assess(
         config_yaml=config.to_yaml(),
         strips=lambda i: _strip(corpus, predictor.data, int(predictions[last].rows[i])),
         facts=_facts(predictor, corpus, evaluations, last),
-        commands=_commands(config, run, model),
+        commands=[*commands, _typed("infer", _EXAMPLE[corpus.kind], "--model", model)],
         step_name={"video": "frames", "volume": "slices", "image": "image"}[corpus.kind],
     )
     return Outcome(run, evaluations, report)
@@ -229,14 +272,11 @@ def _facts(predictor: Predictor, corpus: Corpus, evaluations: dict[str, Evaluati
     return facts
 
 
-def _commands(config: Config, run: Path, model: Path) -> list[str]:
-    example = {"video": "clip.mp4", "volume": "scan.nii.gz", "image": "picture.png"}
-    kind = read_card(model).kind
-    return [
-        f"videogru train --config {run / 'config.yaml'}",
-        f"videogru eval {run}",
-        f"videogru infer {example[kind]} --model {model}",
-    ]
+_EXAMPLE: dict[Kind, str] = {"video": "clip.mp4", "volume": "scan.nii.gz", "image": "picture.png"}
+
+
+def _typed(*words: object) -> str:
+    return shlex.join(["videogru", *map(str, words)])
 
 
 def evaluate_run(
@@ -254,15 +294,24 @@ def evaluate_run(
     if data_dir is not None:
         update["data_dir"] = data_dir
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=update)})
-    corpus = open_corpus(settings.data, seed=settings.data.split_seed, for_training=False)
+    if dataset is not None and out is None:
+        raise ConfigError("results on another data set do not belong into the run", hint="Name a folder: --out FOLDER")
+    corpus = open_corpus(settings.data, seed=settings.data.split_seed, for_training=dataset is None)
     if corpus.kind != card.kind:
         raise ModelFileError(f"this model reads {card.kind}s, the data set holds {corpus.kind}s", where=model)
-    target = out or run
+    if dataset is None and saved.is_file():
+        _check_splits(corpus, run)
+    # The run's own files and report are those of the test split, or of val where there is none.
+    usual = "test" if len(corpus.manifest.rows("test")) else "val"
+    target = out or (run if split == usual else run / f"eval-{split}")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"the output folder cannot be made: {error}", where=target) from error
-    return assess(model, settings, corpus, target, splits=[split], device=device, say=say)
+    words: list[object] = ["eval", path, "--split", split]
+    for flag, value in (("--dataset", dataset), ("--data-dir", data_dir), ("--out", out)):
+        words += [] if value is None else [flag, value]
+    return assess(model, settings, corpus, target, splits=[split], commands=[_typed(*words)], device=device, say=say)
 
 
 def _strip(corpus: Corpus, data: DataConfig, row: int) -> np.ndarray | None:
@@ -277,7 +326,8 @@ def _strip(corpus: Corpus, data: DataConfig, row: int) -> np.ndarray | None:
 
 
 def _headline(evaluation: Evaluation) -> str:
-    return "  ".join(f"{name} {value} ({between})" for name, value, between in evaluation.summary_rows()[:3])
+    scores = "  ".join(f"{name} {value} ({between})" for name, value, between in evaluation.summary_rows()[:3])
+    return scores + (f"  {evaluation.failed} of {evaluation.total} could not be read" if evaluation.failed else "")
 
 
 def _some(classes: tuple[str, ...]) -> str:

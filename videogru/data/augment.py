@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from videogru.config import AugmentConfig
-from videogru.shapes import BatchFrames, ClipFrames
+from videogru.shapes import BatchFrames, ClipFrames, Lengths
 
 # Separate streams, so that switching one use off leaves the others as they were.
 _SAMPLING, _PICTURE, _NOISE, _VOLUME = range(4)
@@ -23,9 +23,12 @@ def sampling_draws(seed: int, epoch: int, index: int, count: int) -> NDArray[np.
 
 
 def augment_batch(
-    frames: BatchFrames, *, config: AugmentConfig, seed: int, epoch: int, indices: list[int]
+    frames: BatchFrames, lengths: Lengths, *, config: AugmentConfig, seed: int, epoch: int, indices: list[int]
 ) -> BatchFrames:
-    """Video and stills: one random change per clip of (B T C H W), as float32 in 0..1, on the frames' own device."""
+    """Video and stills: one random change per clip of (B T C H W), as float32 in 0..1, on the frames' own device.
+
+    lengths: (B,) steps that are no padding; a clip comes out the same in whatever batch it is padded.
+    """
     if frames.dtype == torch.uint8:
         frames = frames.float() / 255
     if config == AugmentConfig():
@@ -35,12 +38,22 @@ def augment_batch(
     ).to(frames.device, torch.float32)
     frames = _move(frames, config, draws[:, :5])
     if config.contrast or config.brightness:
-        frames = _relight(frames, config, draws[:, 5:7])
+        frames = _relight(frames, config, draws[:, 5:7], _means(frames, lengths))
     if config.noise:
         strength = draws[:, 7] * config.noise
         noise = torch.stack([_normal(seed, epoch, index, frames.shape[1:]) for index in indices]).to(frames.device)
         frames = (frames + noise * strength.view(-1, 1, 1, 1, 1)).clamp(0, 1)
-    return _erase(frames, config.erase, draws[:, 8:12]) if config.erase else frames
+    if config.erase:
+        frames = _erase(frames, config.erase, draws[:, 8:12], _means(frames, lengths))
+    valid = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
+    return frames * valid[:, :, None, None, None]
+
+
+def _means(frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The mean of each clip without its padding, (B 1 1 1 1)."""
+    valid = (torch.arange(frames.shape[1], device=frames.device) < lengths[:, None])[:, :, None, None, None]
+    each = frames.mean(dim=(2, 3, 4), keepdim=True)
+    return torch.where(valid, each, 0).sum(dim=1, keepdim=True) / lengths.view(-1, 1, 1, 1, 1)
 
 
 def _normal(seed: int, epoch: int, index: int, shape: torch.Size) -> torch.Tensor:
@@ -73,14 +86,13 @@ def _move(frames: torch.Tensor, config: AugmentConfig, draws: torch.Tensor) -> t
     return F.grid_sample(flat, grid, padding_mode="reflection", align_corners=False).view_as(frames)
 
 
-def _relight(frames: torch.Tensor, config: AugmentConfig, draws: torch.Tensor) -> torch.Tensor:
+def _relight(frames: torch.Tensor, config: AugmentConfig, draws: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     sides = (2 * draws - 1).view(-1, 2, 1, 1, 1, 1)
-    mean = frames.mean(dim=(1, 2, 3, 4), keepdim=True)
     contrast = torch.exp(sides[:, 0] * math.log1p(config.contrast))
     return ((frames - mean) * contrast + mean + sides[:, 1] * config.brightness).clamp(0, 1)
 
 
-def _erase(frames: torch.Tensor, probability: float, draws: torch.Tensor) -> torch.Tensor:
+def _erase(frames: torch.Tensor, probability: float, draws: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """One square, 1/4 to 1/2 of the side, becomes the clip's mean (Cutout: DeVries and Taylor 2017, section 3)."""
     height, width = frames.shape[-2:]
     side = 0.25 + 0.25 * draws[:, 1:2]
@@ -89,7 +101,6 @@ def _erase(frames: torch.Tensor, probability: float, draws: torch.Tensor) -> tor
     inside_rows = (rows - draws[:, 2:3]).abs() < side / 2
     inside_cols = (cols - draws[:, 3:4]).abs() < side / 2
     hole = inside_rows[:, :, None] & inside_cols[:, None, :] & (draws[:, 0] < probability)[:, None, None]
-    mean = frames.mean(dim=(1, 2, 3, 4), keepdim=True)
     return torch.where(hole[:, None, None], mean, frames)
 
 

@@ -1,6 +1,5 @@
 """The loaders Lightning trains with: order, sampling and augmentation depend on (seed, epoch, row) alone."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader
 from videogru.config import Config
 from videogru.data.augment import augment_batch
 from videogru.data.batching import EpochBatches, Loaded, OrderedBatches
-from videogru.data.dataset import ClipDataset, make_loader
+from videogru.data.dataset import ClipDataset, default_workers, make_loader
 from videogru.data.layouts import Corpus
 from videogru.sequence import SequenceBatch
 
@@ -59,6 +58,7 @@ class CorpusModule(pl.LightningDataModule):
             return batch
         frames = augment_batch(
             clips.frames,
+            clips.lengths,
             config=self.config.data.augment,
             seed=self.config.train.seed,
             epoch=batch.epoch,
@@ -72,15 +72,6 @@ class CorpusModule(pl.LightningDataModule):
 
     def _dataset(self, *, training: bool) -> ClipDataset:
         return ClipDataset(self.corpus, data=self.config.data, seed=self.config.train.seed, training=training)
-
-
-def default_workers(corpus: Corpus, asked: int | None) -> int:
-    """Reader processes: as asked, else none for stills held in memory, else one per core but one, at most 8."""
-    if asked is not None:
-        return asked
-    if corpus.arrays is not None and corpus.kind == "image":
-        return 0
-    return max(1, min(8, len(os.sched_getaffinity(0)) - 1)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def _resumable(loader: DataLoader[Loaded], batches: EpochBatches, trainer: pl.Trainer) -> DataLoader[Loaded]:

@@ -1,5 +1,6 @@
 """Rows of a corpus as clips; a bad file becomes an item with its reason, never another clip."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,10 @@ class ClipDataset(Dataset[Loaded]):
         try:
             with self._open(row) as source:
                 clip = read_clip(source, data=self.data, draws=draws, window=self.corpus.manifest.window(row))
-                clip = prepare_clip(clip, data=self.data, pixel_aspect=source.pixel_aspect)
+                try:
+                    clip = prepare_clip(clip, data=self.data, pixel_aspect=source.pixel_aspect)
+                except SourceError as error:
+                    raise SourceError(error.what, where=source.path, hint=error.hint) from error
         except SourceError as error:
             return Item(row, label, None, str(error))
         if self.training and self.corpus.kind == "volume":
@@ -96,6 +100,15 @@ class ArraySource:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def default_workers(corpus: Corpus, asked: int | None) -> int:
+    """Reader processes: as asked, else none for stills held in memory, else one per core but one, at most 8."""
+    if asked is not None:
+        return asked
+    if corpus.arrays is not None and corpus.kind == "image":
+        return 0
+    return max(1, min(8, len(os.sched_getaffinity(0)) - 1)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def make_loader(

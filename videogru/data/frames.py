@@ -1,5 +1,7 @@
 """What every reader offers, whatever it reads."""
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +30,25 @@ def kind_of_name(name: str) -> Kind | None:
     suffixes = [suffix.lower() for suffix in Path(name).suffixes[-2:]]
     compressed = suffixes[-1:] == [".gz"]
     return _KIND_OF.get("".join(suffixes if compressed else suffixes[-1:]))
+
+
+def media_files(folder: Path, ignored: Counter[str] | None = None) -> list[Path]:
+    """Files of any known kind below a folder, sorted; nothing hidden, and of a header and image pair only the header.
+
+    ignored: counts the suffixes of the other files.
+    """
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        present = set(names)
+        for name in sorted(names):
+            if name.startswith(".") or (".img" in name and name.replace(".img", ".hdr") in present):
+                continue
+            if kind_of_name(name) is not None:
+                found.append(Path(parent, name))
+            elif ignored is not None:
+                ignored[Path(name).suffix] += 1
+    return found
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from videogru.config import SPLITS, DataConfig, Kind
 from videogru.data.card import Card, load_card
-from videogru.data.frames import SUFFIXES, kind_of_name
+from videogru.data.frames import SUFFIXES, kind_of_name, media_files
 from videogru.data.manifest import Manifest, assign_splits, build_manifest, missing_rows, read_manifest, read_table
 from videogru.errors import ConfigError, DataError
 from videogru.resources import card_names, data_root
@@ -51,8 +51,9 @@ def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True) -
     """Open data.dataset: the name of a card, a folder with a subfolder per class, or a manifest .csv.
 
     Unset splits are drawn by `assign_splits` from data.val_fraction, data.test_fraction and `seed`. Without
-    `for_training`, a set whose splits are all set may lack training rows. A manifest keeps rows whose file is absent
-    (reading them fails, row by row); Kinetics drops them, as clips vanish from their publisher; both count them.
+    `for_training`, a set without any split is all test, and one whose splits are all set may lack training rows.
+    A manifest keeps rows whose file is absent (reading them fails, row by row); Kinetics drops them, as clips vanish
+    from their publisher; both count them.
     Raises ConfigError for an unknown name, DataError for data that are absent, damaged or contradict themselves.
     """
     name = data.dataset
@@ -72,11 +73,13 @@ def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True) -
     else:
         card = load_card(name)
         corpus = _CARD_LAYOUTS[card.layout](card, data)
-    evaluation_only = (
-        not for_training and not (corpus.manifest.splits < 0).any() and not len(corpus.manifest.rows("train"))
-    )
-    if evaluation_only:
-        return corpus
+    if not for_training:
+        unset = corpus.manifest.splits < 0
+        if unset.all():
+            everything = np.full(len(unset), SPLITS.index("test"), np.int8)
+            return replace(corpus, manifest=replace(corpus.manifest, splits=everything))
+        if not unset.any() and not len(corpus.manifest.rows("train")):
+            return corpus
     split = assign_splits(corpus.manifest, val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=seed)
     return replace(corpus, manifest=split, notes=(*corpus.notes, *split.notes))
 
@@ -126,13 +129,16 @@ def _open_class_folders(root: Path) -> Corpus:
     """root/<class>/... or root/<train|val|test>/<class>/...; hidden files are ignored, other suffixes are counted."""
     root = root.resolve()
     tops = _subfolders(root)
-    if tops and set(tops) <= set(SPLITS):
-        places = [
-            (SPLITS.index(split), root / split, label)
-            for split in SPLITS
-            if split in tops
-            for label in _subfolders(root / split)
-        ]
+    split_of = {alias: code for code, split in enumerate(SPLITS) for alias in _SPLIT_NAMES[split]}
+    odd = [name for name in tops if name not in split_of]
+    if "train" in tops and odd:
+        raise DataError(
+            f"folders named like splits beside others: {', '.join(odd[:4])}",
+            where=root,
+            hint="Expected FOLDER/<class>/files, or FOLDER/<train, val or test>/<class>/files; rename the others.",
+        )
+    if tops and not odd:
+        places = [(split_of[top], root / top, label) for top in tops for label in _subfolders(root / top)]
     else:
         places = [(-1, root, label) for label in tops]
     classes = sorted({label for _, _, label in places})
@@ -147,7 +153,7 @@ def _open_class_folders(root: Path) -> Corpus:
     splits: list[int] = []
     ignored: Counter[str] = Counter()
     for split, parent, label in places:
-        for path in _media(parent / label, ignored):
+        for path in media_files(parent / label, ignored):
             sources.append(path.relative_to(root).as_posix())
             labels.append(classes.index(label))
             splits.append(split)
@@ -172,20 +178,6 @@ def _open_class_folders(root: Path) -> Corpus:
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _media(folder: Path, ignored: Counter[str]) -> Iterator[Path]:
-    """Files of a known kind below a folder, sorted; of an Analyze or NIfTI pair only the header."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        present = set(names)
-        for name in sorted(names):
-            if name.startswith(".") or (".img" in name and name.replace(".img", ".hdr") in present):
-                continue
-            if kind_of_name(name) is None:
-                ignored[Path(name).suffix] += 1
-            else:
-                yield Path(parent, name)
 
 
 # Kinetics -------------------------------------------------------------------------------------------------------

@@ -106,6 +106,8 @@ class Manifest:
                 writer.writerow(columns)
                 writer.writerows(zip(*columns.values(), strict=True))
             part.replace(path)
+        except UnicodeEncodeError as error:
+            raise DataError(f"a file name is no valid text: {error.object!r}", where=path, hint="Rename it.") from error
         except OSError as error:
             raise DataError(f"the manifest cannot be written: {error}", where=path) from error
 

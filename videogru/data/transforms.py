@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from videogru.config import DataConfig
+from videogru.errors import SourceError
 from videogru.sequence import FrameSequence
 from videogru.shapes import ClipFrames, MadeFrames
 
@@ -37,7 +38,8 @@ def fit_frames(frames: ClipFrames, *, size: int, fit: str, pixel_aspect: float =
     """(T C H W) as (T C size size), antialiased (plain bilinear sampling would fold fine detail into noise).
 
     crop: short side to `size`, center kept; pad: long side to `size`, rest black; stretch: both sides to `size`.
-    Sides are compared as they look, that is with the height multiplied by `pixel_aspect`.
+    Sides are compared as they look, that is with the height multiplied by `pixel_aspect`. Raises SourceError where a
+    crop would have to blow a sliver up.
     """
     height, width = frames.shape[-2:]
     tall = height * pixel_aspect
@@ -48,8 +50,9 @@ def fit_frames(frames: ClipFrames, *, size: int, fit: str, pixel_aspect: float =
         rows, cols = max(1, round(tall * scale)), max(1, round(width * scale))
     if max(rows, cols) > size * 64:
         # A sliver would be blown up to gigabytes only to be cut again.
-        raise ValueError(
-            f"a frame of {width}x{height} is too long and thin to be cropped to a square; use data.fit=pad"
+        raise SourceError(
+            f"frames of {width}x{height} pixels are too long and thin to be cropped to a square",
+            hint="Use --set data.fit=pad.",
         )
     frames = _resize(frames, rows, cols)
     if fit == "crop":

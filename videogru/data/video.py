@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from videogru.data import video_decord, video_torchcodec
 from videogru.data.frames import FrameSource
 from videogru.data.video_decord import DecordVideo
 from videogru.data.video_pyav import PyavVideo
@@ -10,6 +11,14 @@ from videogru.data.video_torchcodec import TorchcodecVideo
 from videogru.errors import SourceError
 
 Decoder = Literal["auto", "pyav", "decord", "torchcodec"]
+
+
+def check_decoder(decoder: Decoder) -> None:
+    """Raises ConfigError where the decoder is not installed; before the work, not in a worker process."""
+    if decoder == "decord":
+        video_decord.load()
+    elif decoder == "torchcodec":
+        video_torchcodec.load()
 
 
 def open_video(path: Path, *, decoder: Decoder = "auto") -> FrameSource:

@@ -21,6 +21,19 @@ from videogru.sequence import Unit
 HINT = "Use data.decoder=pyav."
 
 
+def load() -> Any:
+    """The decord package. Raises ConfigError where it is missing."""
+    try:
+        import decord
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            f"decord cannot be imported ({error}); it exists for Linux x86-64 only",
+            where="data.decoder=decord",
+            hint=f"pip install decord, or: {HINT}",
+        ) from error
+    return decord
+
+
 class DecordVideo:
     """A `FrameSource` over what PyAV has indexed: positions (N,) and extent in seconds; frames are uint8 (T 3 H W)."""
 
@@ -39,14 +52,7 @@ class DecordVideo:
         """Open. Raises ConfigError where decord is missing, SourceError where it cannot be trusted with the file."""
         self.path, self.positions, self.extent = path, positions, extent
         self.pixel_aspect, self.details = pixel_aspect, details
-        try:
-            import decord
-        except (ImportError, OSError) as error:
-            raise ConfigError(
-                f"decord cannot be imported ({error}); it exists for Linux x86-64 only",
-                where="data.decoder=decord",
-                hint=f"pip install decord, or: {HINT}",
-            ) from error
+        decord = load()
         try:
             self._reader: Any = decord.VideoReader(str(path.absolute()), ctx=decord.cpu(0), num_threads=1)
             count = len(self._reader)

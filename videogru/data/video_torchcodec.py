@@ -19,6 +19,20 @@ from videogru.sequence import Unit
 HINT = "Use data.decoder=pyav."
 
 
+def load() -> Any:
+    """Torchcodec's decoders. Raises ConfigError where the package or FFmpeg's libraries are missing."""
+    try:
+        from torchcodec import decoders
+    # Without FFmpeg's libraries the import ends in RuntimeError or OSError.
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"torchcodec cannot be imported ({str(error).strip().splitlines()[0]})",
+            where="data.decoder=torchcodec",
+            hint=f'pip install "videogru[torchcodec]", and install FFmpeg (4 to 8) with its libraries, or: {HINT}',
+        ) from error
+    return decoders
+
+
 class TorchcodecVideo:
     """A `FrameSource` over what PyAV has indexed: positions (N,) and extent in seconds; frames are uint8 (T 3 H W)."""
 
@@ -37,17 +51,9 @@ class TorchcodecVideo:
         """Open. Raises ConfigError where torchcodec does not work here, SourceError where it cannot read the file."""
         self.path, self.positions, self.extent = path, positions, extent
         self.pixel_aspect, self.details = pixel_aspect, details
+        decoders = load()
         try:
-            from torchcodec.decoders import VideoDecoder
-        # Without FFmpeg's libraries the import ends in RuntimeError or OSError.
-        except (ImportError, RuntimeError, OSError) as error:
-            raise ConfigError(
-                f"torchcodec cannot be imported ({str(error).strip().splitlines()[0]})",
-                where="data.decoder=torchcodec",
-                hint=f'pip install "videogru[torchcodec]", and install FFmpeg (4 to 8) with its libraries, or: {HINT}',
-            ) from error
-        try:
-            self._reader: Any = VideoDecoder(str(path.absolute()), seek_mode="exact", num_ffmpeg_threads=1)
+            self._reader: Any = decoders.VideoDecoder(str(path.absolute()), seek_mode="exact", num_ffmpeg_threads=1)
             count = len(self._reader)
         except Exception as error:
             raise _failed(path, error) from error

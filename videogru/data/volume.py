@@ -229,8 +229,13 @@ def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, int
         raise ValueError("not one voxel is a finite number")
     first, last = np.percentile(finite * slope + intercept, [low, high])
     if first == last:
-        values = _finite(volume) * slope + intercept
-        first, last = values.min(), values.max()
+        # On the stored numbers: a float64 copy of a large mask would take eight times its memory.
+        floating = volume.dtype.kind == "f"
+        ends = [
+            np.min(volume, initial=np.inf, where=np.isfinite(volume)) if floating else volume.min(),
+            np.max(volume, initial=-np.inf, where=np.isfinite(volume)) if floating else volume.max(),
+        ]
+        first, last = sorted(float(end) * slope + intercept for end in ends)
     return float(first), float(last)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from videogru.config import Kind, resolve_config
-from videogru.data.frames import kind_of_name
-from videogru.errors import ConfigError, ModelFileError, SourceError
+from videogru.data.frames import kind_of_name, media_files
+from videogru.errors import ConfigError, ModelFileError
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, atomic_text
 from videogru.modelfile import ModelCard, find_model, newest_model, read_card
@@ -46,49 +46,53 @@ def answer(
         _check_writable(out)
     chosen = find_model(model) if model is not None else _newest_fitting(asked, say)
     card = read_card(chosen)
-    files = expand(asked, card.kind, say)
+    inputs = expand(asked, card.kind, say)
+    files = [path for path, problem in inputs if problem is None]
     predictor = Predictor.from_file(chosen, device=device, data=_data_settings(card, settings))
     with _Progress(len(files), shown=progress) as tick:
-        predictions = predictor.predict_paths(files, tick=tick)
-    records = to_records(predictions, top_k=top_k)
+        answered = iter(to_records(predictor.predict_paths(files, tick=tick), top_k=top_k))
+    records = [next(answered) if problem is None else _failed(path, problem) for path, problem in inputs]
     if out is None:
         print(_FORMS[form](records, sys.stdout.isatty()), end="")
     else:
         with atomic_text(out) as file:
             file.write(_FORMS[form](records, False))
         say(f"{len(records)} rows written to {out}")
-    failed = int(predictions.failed.sum())
+    failed = sum(record["error"] is not None for record in records)
     if failed:
         say(f"{failed} of {len(records)} inputs failed; the others are done")
     return failed
 
 
-def expand(asked: Sequence[str], kind: Kind, say: Say) -> list[str]:
-    """Files, folders (searched for files of the model's kind) and globs as a list of files, each once, in order.
+def expand(asked: Sequence[str], kind: Kind, say: Say) -> list[tuple[str, str | None]]:
+    """Files, folders (searched for files of the model's kind) and globs as (path, None), each once, in order.
 
-    A path that does not exist stays in the list: it gets its error row. Raises SourceError where a folder holds none.
+    What holds no such file stays as (text, problem): it gets its row, and the others are done.
     """
-    files: dict[str, None] = {}
+    inputs: dict[str, str | None] = {}
     for text in asked:
-        path = Path(text)
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-            fitting = [p for p in inside if kind_of_name(p.name) == kind]
-            others = sum(kind_of_name(p.name) not in (None, kind) for p in inside)
+        matches = _matches(text)
+        if not matches:
+            inputs[text] = f"{text}: no file matches this pattern"
+        for match in matches:
+            if not os.path.isdir(match):
+                inputs.setdefault(match, None)
+                continue
+            inside = media_files(Path(match))
+            fitting = [path for path in inside if kind_of_name(path.name) == kind]
             if not fitting:
-                found = f"; it holds {others} of another kind" if others else ""
-                raise SourceError(f"no {kind} files in this folder{found}", where=path)
-            if others:
-                say(f"{path}: {others} files are no {kind}s and are left out")
-            files.update(dict.fromkeys(str(p) for p in fitting))
-        elif path.exists() or not glob.has_magic(text):
-            files[text] = None
-        else:
-            matches = sorted(glob.glob(text, recursive=True))
-            if not matches:
-                raise SourceError("no file matches this pattern", where=text)
-            files.update(dict.fromkeys(matches))
-    return list(files)
+                inputs[match] = f"{match}: no {kind} files in this folder"
+            if len(fitting) < len(inside):
+                say(f"{match}: {len(inside) - len(fitting)} files are no {kind}s and are left out")
+            inputs |= dict.fromkeys((str(path) for path in fitting), None)
+    return list(inputs.items())
+
+
+def _matches(text: str) -> list[str]:
+    """What a typed path means: itself, or the files of a pattern."""
+    if os.path.exists(text) or not glob.has_magic(text):
+        return [text]
+    return sorted(glob.glob(text, recursive=True))
 
 
 def _newest_fitting(asked: Sequence[str], say: Say) -> Path:
@@ -105,13 +109,11 @@ def _newest_fitting(asked: Sequence[str], say: Say) -> Path:
 
 
 def _first_kind(asked: Sequence[str]) -> Kind | None:
-    for text in asked:
-        path = Path(text)
-        inside = sorted(path.rglob("*")) if path.is_dir() else [Path(p) for p in glob.glob(text)] or [path]
-        for candidate in inside:
-            kind = kind_of_name(candidate.name)
-            if kind is not None:
-                return kind
+    for match in (match for text in asked for match in _matches(text)):
+        paths = media_files(Path(match)) if os.path.isdir(match) else [Path(match)]
+        kind = next((found for path in paths if (found := kind_of_name(path.name))), None)
+        if kind is not None:
+            return kind
     return None
 
 
@@ -135,7 +137,7 @@ def to_records(predictions: Predictions, *, top_k: int) -> list[dict[str, Any]]:
     for row in range(len(predictions)):
         source, error = str(predictions.sources[row]), str(predictions.errors[row])
         if error:
-            records.append({"source": source, "predicted": None, "confidence": None, "top": [], "error": error})
+            records.append(_failed(source, error))
             continue
         probabilities = predictions.probabilities[row]
         order = np.argsort(-probabilities, kind="stable")[: min(top_k, len(predictions.classes))]
@@ -145,6 +147,10 @@ def to_records(predictions: Predictions, *, top_k: int) -> list[dict[str, Any]]:
             {"source": source, "predicted": best["class"], "confidence": best["probability"], "top": top, "error": None}
         )
     return records
+
+
+def _failed(source: str, error: str) -> dict[str, Any]:
+    return {"source": source, "predicted": None, "confidence": None, "top": [], "error": error}
 
 
 def _as_jsonl(records: list[dict[str, Any]], terminal: bool) -> str:

@@ -1,6 +1,5 @@
 """A model file ready to answer; the same reading path as in training, one row out for every row in."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,12 +9,13 @@ from numpy.typing import NDArray
 
 from videogru.config import DataConfig
 from videogru.data.batching import OrderedBatches
-from videogru.data.dataset import ClipDataset, make_loader
+from videogru.data.dataset import ClipDataset, default_workers, make_loader
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
+from videogru.data.video import check_decoder
 from videogru.errors import ConfigError
 from videogru.inference.predictions import Predictions
-from videogru.modelfile import ModelCard, read_model
+from videogru.modelfile import ModelCard, find_model, read_model
 from videogru.models.classifier import Classifier
 
 # Starting a worker costs about what it takes to read this many files.
@@ -32,14 +32,14 @@ class Predictor:
         self, classifier: Classifier, card: ModelCard, *, device: str = "auto", data: DataConfig | None = None
     ) -> None:
         self.card = card
-        self.data = data if data is not None else card.data
+        self.data = (data if data is not None else card.data).for_kind(card.kind)
         self.device = _device(device)
         self.classifier = classifier.to(self.device).eval()
 
     @classmethod
-    def from_file(cls, path: Path, *, device: str = "auto", data: DataConfig | None = None) -> "Predictor":
-        """Raises ModelFileError where the file is no usable model."""
-        classifier, card = read_model(path)
+    def from_file(cls, path: Path | str, *, device: str = "auto", data: DataConfig | None = None) -> "Predictor":
+        """path: a model file or a run folder. Raises ModelFileError where it is no usable model."""
+        classifier, card = read_model(find_model(Path(path)))
         return cls(classifier, card, device=device, data=data)
 
     @torch.inference_mode()
@@ -60,7 +60,11 @@ class Predictor:
         probabilities = np.full((len(rows), len(self.card.classes)), np.nan, dtype=np.float32)
         errors = np.full(len(rows), "", dtype=object)
         dataset = ClipDataset(corpus, data=self.data)
-        workers = _workers(corpus, len(rows)) if num_workers is None else num_workers
+        if corpus.kind == "video":
+            check_decoder(self.data.decoder)
+        workers = default_workers(corpus, num_workers)
+        if num_workers is None and len(rows) < _FILES_WORTH_A_WORKER:
+            workers = 0
         loader = make_loader(dataset, OrderedBatches(rows, batch_size=batch_size), num_workers=workers)
         for loaded in loader:
             for row, reason in loaded.failures:
@@ -117,9 +121,3 @@ def _device(asked: str) -> torch.device:
         first = str(error).splitlines()[0]
         raise ConfigError(f"the device {asked!r} cannot be used: {first}", hint="Use --device auto or cpu.") from error
     return device
-
-
-def _workers(corpus: Corpus, count: int) -> int:
-    if corpus.arrays is not None or count < _FILES_WORTH_A_WORKER:
-        return 0
-    return max(1, min(8, (os.cpu_count() or 2) - 1))

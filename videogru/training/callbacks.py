@@ -1,6 +1,7 @@
 """What happens around the optimization: scores per epoch, the best model, the saved state, a graceful stop."""
 
 import csv
+import math
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from videogru.config import TrainConfig
@@ -58,12 +60,12 @@ class Scores(Callback):
         """Score the validated weights; keep them if they are the best."""
         assert isinstance(pl_module, SequenceTask)
         self._val = pl_module.validation_scores()
-        if trainer.sanity_checking or not self._val or self.config.keep == "last":
+        if trainer.sanity_checking or not self._val or not math.isfinite(self._val["val_loss"]):
             return
         scores = {"epoch": float(trainer.current_epoch), **self._val}
         if not self.best or rank(scores) > rank(self.best):
             self.best = scores
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and self.config.keep == "best":
                 self.save(scores)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,6 +81,12 @@ class Scores(Callback):
             "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "seconds": seconds,
         }
+        if not math.isfinite(row.get("train_loss", 0.0)):
+            raise DataError(
+                f"the training diverged: the loss is {row['train_loss']} in epoch {trainer.current_epoch + 1}",
+                where=self.run,
+                hint="Lower the learning rate (--lr), or clip the gradient (--set train.clip_norm=1).",
+            )
         self.history.append(row)
         for name, value in row.items():
             if name not in ("epoch", "step"):
@@ -153,6 +161,11 @@ class SaveState(Checkpoint):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take SIGTERM back from Lightning, which would leave in mid-validation without saving."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask)
+
     def _ask(self, number: int, frame: object) -> None:
         if self.stop is not None:
             signal.signal(number, signal.SIG_DFL)
@@ -181,12 +194,26 @@ class SaveState(Checkpoint):
             part.replace(self.path)
 
 
+def check_resumable(path: Path) -> None:
+    """Raises DataError where a saved state is damaged; opens it without running what a pickle might hold."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    # A cut file raises nearly anything.
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = f"Start anew: videogru train --config {path.parent / 'config.yaml'}"
+        raise DataError(f"the saved state cannot be read: {first}", where=path, hint=hint) from error
+
+
 class BadFiles:
     """Training files that could not be read: listed in bad_files.csv, counted once each, and too many stop the run."""
 
     def __init__(self, run: Path, sources: Callable[[int], str], *, limit: int, say: Callable[[str], None]) -> None:
         self.path, self.sources, self.limit, self.say = run / "bad_files.csv", sources, limit, say
         self.reasons: dict[int, str] = {}
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                self.reasons = {int(line["row"]): line["reason"] for line in csv.DictReader(file)}
 
     def add(self, row: int, reason: str) -> None:
         """Note one; raises DataError when there are more than `limit`."""

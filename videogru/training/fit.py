@@ -73,10 +73,12 @@ def fit(
     random.seed(train.seed)
     np.random.seed(train.seed % 2**32)
     classifier = build_classifier(config, len(corpus.classes))
-    world = train.devices * train.nodes
-    if len(rows) < world:
-        raise ConfigError(f"{len(rows)} training rows cannot be shared by {world} processes")
-    steps = len(EpochBatches(rows, batch_size=train.batch_size, seed=0, epoch=lambda: 0, world=world))
+    if train.early_stopping and not len(corpus.manifest.rows("val")):
+        raise ConfigError(
+            "train.early_stopping needs validation rows, and there are none",
+            hint="Hold some out: --set data.val_fraction=0.1",
+        )
+    steps = len(EpochBatches(rows, batch_size=train.batch_size, seed=0, epoch=lambda: 0))
     bad = BadFiles(run, lambda row: str(corpus.manifest.sources[row]), limit=config.data.max_bad, say=say)
     counts = np.bincount(corpus.manifest.labels[rows], minlength=len(corpus.classes)).tolist()
     task = SequenceTask(classifier, train, class_counts=counts, total_steps=steps * train.epochs, failed=bad.add)
@@ -99,9 +101,7 @@ def fit(
         trainer = pl.Trainer(
             max_epochs=train.epochs,
             accelerator="auto",
-            devices=train.devices,
-            num_nodes=train.nodes,
-            strategy="ddp" if world > 1 else "auto",
+            devices=1,
             precision=precision(train.precision),
             gradient_clip_val=train.clip_norm or None,
             logger=TensorBoardLogger(run, name="tensorboard", version=""),
@@ -124,7 +124,7 @@ def fit(
             raise Interrupted(
                 error.what, where=error.where, hint=f"Go on with: videogru train --resume {run}"
             ) from error
-    if not scores.best and trainer.is_global_zero:
+    if train.keep == "last" or not scores.best:
         save({"epoch": float(trainer.current_epoch - 1), **_last_scores(scores)})
     seconds = scores.seconds or time.monotonic() - started
     return Trained(run / MODEL_FILE_NAME, scores.best, len(scores.history), seconds, len(bad.reasons))
