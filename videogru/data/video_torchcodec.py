@@ -22,7 +22,7 @@ HINT = "Use data.decoder=pyav."
 def load() -> Any:
     """Torchcodec's decoders. Raises ConfigError where the package or FFmpeg's libraries are missing."""
     try:
-        from torchcodec import decoders
+        import torchcodec.decoders as decoders
     # Without FFmpeg's libraries the import ends in RuntimeError or OSError.
     except (ImportError, RuntimeError, OSError) as error:
         raise ConfigError(
