@@ -144,6 +144,7 @@ def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
     corpus = open_corpus(config.data, seed=config.data.split_seed)
     _check_splits(corpus, run)
     check_resumable(run / STATE_FILE)
+    say(f"going on with {run}, from its last saved step")
     return _train(config, corpus, run, resume=True, progress=progress, say=say)
 
 
@@ -163,8 +164,10 @@ def _check_splits(corpus: Corpus, run: Path) -> None:
 
 
 def run_config(run: Path) -> Config:
-    """The settings a run was made with."""
+    """The settings a run was made with. Raises ConfigError where this is no run folder."""
     path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError("no run folder: it has no config.yaml", where=run)
     return resolve_config((str(path), read_settings_file(path)))
 
 
@@ -219,7 +222,8 @@ def assess(
             continue
         predictions[split] = said
         evaluations[split].to_json(run / f"evaluation-{split}.json")
-        say(f"{split}: {_headline(evaluations[split])}")
+        if evaluations[split].failed:
+            say(f"{split}: {evaluations[split].failed} of {evaluations[split].total} could not be read; see {written}")
     if not evaluations:
         say("no validation or test rows: nothing to evaluate")
         return Outcome(run, {}, None)
@@ -325,11 +329,6 @@ def _strip(corpus: Corpus, data: DataConfig, row: int) -> np.ndarray | None:
     return frames.byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _headline(evaluation: Evaluation) -> str:
-    scores = "  ".join(f"{name} {value} ({between})" for name, value, between in evaluation.summary_rows()[:3])
-    return scores + (f"  {evaluation.failed} of {evaluation.total} could not be read" if evaluation.failed else "")
-
-
 def _some(classes: tuple[str, ...]) -> str:
     shown = ", ".join(classes[:4])
     return shown if len(classes) <= 4 else f"{shown}, ... ({len(classes)} in all)"
@@ -339,5 +338,5 @@ def describe(name: str, data_dir: Path | None, assignments: list[str]) -> dict[s
     """What `videogru data info` shows of a data set."""
     flags = {"data.dataset": name, "data.data_dir": None if data_dir is None else str(data_dir)}
     settings = settings_for_training(None, flags, parse_assignments(assignments))
-    corpus = open_corpus(settings.data, seed=settings.data.split_seed, for_training=False)
+    corpus = open_corpus(settings.data, seed=settings.data.split_seed)
     return describe_corpus(corpus, data=settings.data.for_kind(corpus.kind))

@@ -301,7 +301,7 @@ def assign_splits(manifest: Manifest, *, val_fraction: float, test_fraction: flo
     Groups stay whole. The unset groups (or, where all are set but none is val, the groups of train) are shuffled by
     `seed` and dealt out within each label (a group's most frequent one) by the largest remainders of
     train : val : test. Of a label with n groups the first goes to train, the second to val and the third to test
-    before the shares count; labels with fewer groups than splits are named in `notes`. A fraction counts for nothing
+    before the shares count; labels that a split lacks are named in `notes`. A fraction counts for nothing
     where its split is already named. The result depends on the set of groups, not on the order of rows.
 
     Raises DataError for fewer than two classes, for no training row, and for a training row without label.
@@ -327,12 +327,13 @@ def assign_splits(manifest: Manifest, *, val_fraction: float, test_fraction: flo
     shares[train] = 1.0 - shares.sum()
     if shares[train] <= 0:
         raise DataError(f"val_fraction {val_fraction:g} and test_fraction {test_fraction:g} leave nothing to train on")
-    notes: list[str] = []
+    dealt = False
     if len(pool) and (free == UNSET or shares[val] > 0):
         strata = _majority_labels(groups, manifest.labels, count)[pool]
         group_split[pool] = _deal(strata, shares, np.random.default_rng(seed).permutation(len(pool)))
-        notes = _thin_classes(manifest.classes, strata, shares)
+        dealt = True
     assigned = np.where(movable, group_split[groups], splits).astype(np.int8)
+    notes = _absent_classes(manifest, assigned, shares) if dealt else []
     training = manifest.labels[assigned == train]
     if not len(training):
         raise DataError(
@@ -373,15 +374,15 @@ def _deal(strata: NDArray[np.int64], shares: NDArray[np.float64], keys: NDArray[
     return codes
 
 
-def _thin_classes(classes: tuple[str, ...], strata: NDArray[np.int64], shares: NDArray[np.float64]) -> list[str]:
-    wanted = int((shares > 0).sum())
-    labels, counts = np.unique(strata, return_counts=True)
-    thin = [
-        (classes[label], n)
-        for label, n in zip(labels.tolist(), counts.tolist(), strict=True)
-        if label >= 0 and n < wanted
-    ]
-    if not thin:
-        return []
-    shown = ", ".join(f"{name} ({n})" for name, n in thin[:10]) + (", ..." if len(thin) > 10 else "")
-    return [f"{len(thin)} classes have fewer groups than the {wanted} splits and are absent from some: {shown}"]
+def _absent_classes(manifest: Manifest, splits: NDArray[np.int8], shares: NDArray[np.float64]) -> list[str]:
+    """Which classes have rows, but none in a split that was dealt."""
+    labeled = manifest.labels >= 0
+    place = manifest.labels[labeled] * len(SPLITS) + splits[labeled]
+    counts = np.bincount(place, minlength=len(manifest.classes) * len(SPLITS)).reshape(-1, len(SPLITS))
+    notes = []
+    for code in np.flatnonzero(shares > 0).tolist():
+        names = [manifest.classes[label] for label in np.flatnonzero((counts[:, code] == 0) & (counts.sum(axis=1) > 0))]
+        if names:
+            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            notes.append(f"no rows in the {SPLITS[code]} split, for want of groups: {shown}")
+    return notes

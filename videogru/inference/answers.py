@@ -165,7 +165,9 @@ def _as_csv(records: list[dict[str, Any]], terminal: bool) -> str:
     writer.writerow(["source", "predicted", "confidence", "error", *extra])
     for record in records:
         rest = [value for entry in record["top"][1:] for value in (entry["class"], entry["probability"])]
-        own = [record["source"], record["predicted"], record["confidence"], record["error"]]
+        # One line for one input, as line tools expect.
+        error = record["error"] and " ".join(record["error"].split())
+        own = [record["source"], record["predicted"], record["confidence"], error]
         writer.writerow(own + rest + [None] * (len(extra) - len(rest)))
     return text.getvalue()
 
