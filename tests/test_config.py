@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from videogru.config import Config, DataConfig, known_keys, parse_assignments, resolve_config
+from videogru.config import Config, DataConfig, known_keys, parse_assignments, read_settings_file, resolve_config
 from videogru.errors import ConfigError
 
 
@@ -82,3 +84,28 @@ def test_defaults_by_kind() -> None:
     assert (DataConfig().for_kind("video").channels, DataConfig().for_kind("video").fit) == (3, "crop")
     assert DataConfig().for_kind("image").num_frames == 1
     assert DataConfig(channels=1).for_kind("video").channels == 1
+
+
+def test_an_empty_section_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("train:\nmodel: {cell: lstm}\n")
+    assert resolve_config(("own", read_settings_file(tmp_path / "own.yaml"))).model.cell == "lstm"
+
+
+def test_files_that_are_no_settings(tmp_path: Path) -> None:
+    for content in ("train: {", "- a list", "train: " + "[" * 5000):
+        (tmp_path / "own.yaml").write_text(content)
+        with pytest.raises(ConfigError, match="own.yaml"):
+            read_settings_file(tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        *("model.hidden_size=1000000000", "model.num_layers=100000", "model.encoder_width=1000000000"),
+        *("data.frame_size=1000000", "data.frame_size=1", "data.num_frames=10000000000"),
+        *("train.num_workers=1000", "train.seed=1700000000123", "train.lr=.inf", "train.devices=2"),
+    ],
+)
+def test_numbers_out_of_reason_are_refused(assignment: str) -> None:
+    with pytest.raises(ConfigError):
+        resolve_config(("--set", parse_assignments([assignment])))

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -342,6 +343,80 @@ def test_several_processes_are_refused(there: Path) -> None:
     done = videogru("train", "--dataset", "images", "--devices", "2")
     assert done.code == 2
     assert "not supported yet" in done.err
+
+
+def test_a_damaged_gzip_is_an_error_even_where_its_voxels_can_be_read(there: Path, tmp_path: Path) -> None:
+    whole = Path("volumes/a/0.nii.gz").read_bytes()
+    (tmp_path / "trailer.nii.gz").write_bytes(whole[:-8] + b"\0" * 8)
+    done = videogru("infer", tmp_path / "trailer.nii.gz", "volumes/a/0.nii.gz", "--format", "jsonl")
+    assert done.code == 3
+    damaged, good = (json.loads(line) for line in done.out.splitlines())
+    assert damaged["predicted"] is None
+    assert good["error"] is None
+
+
+def test_intensities_beyond_numbers(there: Path, tmp_path: Path) -> None:
+    voxels = np.zeros((6, 6, 6))
+    voxels[::2] = 1.7e308
+    voxels[1::2] = -1.7e308
+    nibabel.Nifti1Image(voxels, np.eye(4)).to_filename(tmp_path / "huge.nii")
+    done = videogru("infer", tmp_path / "huge.nii", "volumes/a/0.nii.gz", "--format", "jsonl")
+    assert done.code == 3
+    assert [json.loads(line)["error"] is None for line in done.out.splitlines()] == [False, True]
+
+
+def test_training_without_one_readable_clip_leaves_no_model(there: Path, tmp_path: Path) -> None:
+    shutil.copytree("videos", tmp_path / "clips")
+    rows = ["source,label,split,start_seconds,end_seconds"]
+    rows += [f"clips/{c}/{n}.mp4,{c},{'train' if n < 7 else 'test'},100,200" for c in "ab" for n in range(10)]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    done = videogru("train", "--dataset", tmp_path / "table.csv", "--out", tmp_path / "run", *QUICK)
+    assert done.code == 2
+    assert "not one training clip" in done.err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_model_with_nan_weights(there: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open("runs/images-0001/model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point())[0] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors", metadata=header)
+    done = videogru("infer", "images/a/0.png", "--model", tmp_path / "nan.safetensors")
+    assert done.code == 2
+    assert "not finite" in done.err
+
+
+def test_out_writes_through_links_and_into_devices(there: Path, tmp_path: Path) -> None:
+    (tmp_path / "real.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    assert videogru("infer", "images/a/0.png", "--out", tmp_path / "link.csv").code == 0
+    assert (tmp_path / "link.csv").is_symlink()
+    assert "images/a/0.png" in (tmp_path / "real.csv").read_text()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert videogru("infer", "images/a/0.png", "--out", pipe, "--format", "jsonl").code == 0
+        assert b"images/a/0.png" in os.read(reader, 10_000)
+        assert pipe.is_fifo()
+    finally:
+        os.close(reader)
+
+
+def test_file_names_that_are_no_text(there: Path, tmp_path: Path) -> None:
+    shutil.copytree("images", tmp_path / "pictures")
+    odd = os.fsencode(tmp_path / "pictures" / "a") + b"/caf\xe9.png"
+    shutil.copy("images/a/0.png", odd)
+    done = videogru("infer", os.fsdecode(odd), "images/a/0.png", "--out", tmp_path / "out.jsonl")
+    assert done.code == 0, done.err
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    done = videogru("train", "--dataset", tmp_path / "pictures", "--out", tmp_path / "run", *QUICK)
+    assert done.code == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_skips_and_lists_bad_files(there: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Heavy modules are imported inside the commands, so that `videogru --help` answer
 import errno
 import io
 import logging
+import signal
 import sys
 import traceback
 from enum import StrEnum
@@ -301,6 +302,8 @@ def _show_outcome(outcome: Any) -> None:
 
 def main() -> None:
     """Run a command; turn what went wrong into one message and an exit code."""
+    # SIGTERM ends every command as Ctrl-C does: cleanly, with 130.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(_run())
 
 
@@ -312,10 +315,16 @@ def _run() -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return int(app(standalone_mode=False, prog_name="videogru") or 0)
+        code = int(app(standalone_mode=False, prog_name="videogru") or 0)
+        if code == 130:
+            _say("interrupted")
+        return code
     except VideogruError as error:
         _say(f"error: {error}")
         return error.exit_code
+    except MemoryError as error:
+        _say(f"error: not enough memory ({error}); make data.num_frames, data.frame_size or train.batch_size smaller")
+        return 2
     except OSError as error:
         if error.errno not in _OF_THE_SYSTEM:
             return _click_exit(error)

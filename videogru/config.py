@@ -51,9 +51,9 @@ class DataConfig(Settings):
 
     dataset: str = Field("", description="card name, folder with a subfolder per class, or manifest .csv")
     data_dir: Path | None = Field(None, description="where the card's data lie; default: see `videogru data info NAME`")
-    frame_size: Positive = Field(112, description="height and width given to the encoder, pixels")
-    num_frames: Positive = Field(
-        16, description="steps per clip; a shorter source gives fewer and is padded and masked"
+    frame_size: int = Field(112, ge=4, le=4096, description="height and width given to the encoder, pixels")
+    num_frames: int = Field(
+        16, ge=1, le=100_000, description="steps per clip; a shorter source gives fewer and is padded and masked"
     )
     channels: Literal[1, 3] | None = Field(None, description="1 gray, 3 RGB; default: 1 for volumes, else 3")
     fit: Literal["crop", "pad", "stretch"] | None = Field(
@@ -101,8 +101,8 @@ class ModelConfig(Settings):
     encoder: Literal[
         "small", "resnet18", "resnet34", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large", "conv2", "pixels"
     ] = "small"
-    encoder_width: Positive = Field(
-        32, description="channels of the first stage (small) or of the 1x1 convolution (pixels)"
+    encoder_width: int = Field(
+        32, ge=1, le=4096, description="channels of the first stage (small) or of the 1x1 convolution (pixels)"
     )
     weights: str = Field("none", description="none, imagenet, or a .safetensors file with the encoder's tensors")
     stem: Literal["auto", "imagenet", "small"] = Field(
@@ -111,8 +111,8 @@ class ModelConfig(Settings):
     seq: Literal["frames", "slices", "rows", "cols", "grid"] = "frames"
     cell: Literal["gru", "lstm", "none"] = Field("gru", description="none: no recurrent part, the order-free twin")
     temporal: Literal["bi", "causal"] = "bi"
-    hidden_size: Positive = Field(128, description="units per direction")
-    num_layers: Positive = 1
+    hidden_size: int = Field(128, ge=1, le=16_384, description="units per direction")
+    num_layers: int = Field(1, ge=1, le=64)
     pooling: Literal["last", "mean", "max", "attention"] = "mean"
     layer_norm: bool = Field(True, description="LayerNorm after the recurrent part")
     input_dropout: Fraction = Field(0.3, description="before each recurrent layer")
@@ -140,7 +140,7 @@ class TrainConfig(Settings):
     ema_decay: Fraction = Field(0.0, description="decay per step of the averaged weights that are kept; 0: off")
     seed: int = Field(0, ge=0, lt=2**31)
     num_workers: int | None = Field(
-        None, ge=0, description="reader processes; default: one per core but one, at most 8"
+        None, ge=0, le=128, description="reader processes; default: one per core but one, at most 8"
     )
     devices: Positive = Field(1, description="GPUs or processes per node; more than one: not yet")
     nodes: Positive = Field(1, description="machines; more than one: not yet")
@@ -213,13 +213,14 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError("no such config file", where=path) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"cannot be read as YAML: {error}", where=path) from error
     if content is None:
         return {}
     if not isinstance(content, Mapping):
         raise ConfigError("expected sections data, model and train", where=path)
-    return dict(content)
+    # An empty section (`train:`) says nothing.
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> Config:

@@ -165,6 +165,9 @@ def read_model(path: Path, device: torch.device | str = "cpu") -> tuple[Classifi
     wrong = [f"{n} is {tensors[n].dtype}, not {wanted[n].dtype}" for n in wanted if tensors[n].dtype != wanted[n].dtype]
     if wrong:
         raise _misfit(path, wrong)
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise ModelFileError(f"weights are not finite: {broken[0]}", where=path, hint="Train again, with a lower --lr.")
     classifier.load_state_dict(tensors, assign=True)
     classifier.normalize = Normalize(card.mean, card.std)
     classifier.encoder.to(memory_format=torch.channels_last)
@@ -272,7 +275,7 @@ def _empty_classifier(path: Path, card: ModelCard, num_tensors: int) -> Classifi
                 std=card.std,
             )
     except (VideogruError, ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise _misfit(path, [f"no such model can be built ({error})"]) from error
+        raise _misfit(path, [f"no such model can be built ({str(error).splitlines()[0]})"]) from error
 
 
 def _misfit(path: Path, wrong: list[str]) -> ModelFileError:

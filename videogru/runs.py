@@ -123,6 +123,7 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
     build_classifier(config, len(corpus.classes))
     if corpus.kind == "video":
         check_decoder(config.data.decoder)
+    _check_names(corpus)
     run = new_run(config.data.dataset, out)
     with atomic_text(run / "config.yaml") as file:
         file.write(config.to_yaml())
@@ -146,6 +147,21 @@ def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
     check_resumable(run / STATE_FILE)
     say(f"going on with {run}, from its last saved step")
     return _train(config, corpus, run, resume=True, progress=progress, say=say)
+
+
+def _check_names(corpus: Corpus) -> None:
+    """Names that are no valid text cannot stand in the run's tables."""
+    try:
+        "\n".join(corpus.manifest.sources.tolist()).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"a file name is no valid text: {_line_around(error)!r}", where=corpus.name, hint="Rename it."
+        ) from error
+
+
+def _line_around(error: UnicodeEncodeError) -> str:
+    start = error.object.rfind("\n", 0, error.start) + 1
+    return error.object[start:].split("\n", 1)[0]
 
 
 def _check_splits(corpus: Corpus, run: Path) -> None:

@@ -73,7 +73,11 @@ class Predictor:
                 batch = loaded.batch.to(self.device)
                 logits = self.classifier(batch.frames, batch.lengths)
                 positions = [place[int(row)] for row in loaded.batch.indices]
-                probabilities[positions] = logits.double().softmax(dim=1).float().cpu().numpy()
+                said = logits.double().softmax(dim=1).float().cpu().numpy()
+                probabilities[positions] = said
+                for position in np.asarray(positions)[~np.isfinite(said).all(axis=1)]:
+                    probabilities[position] = np.nan
+                    errors[position] = f"{corpus.manifest.sources[rows[position]]}: the model gives no finite score"
             tick(len(loaded.failures) + (0 if loaded.batch is None else len(loaded.batch)))
         return Predictions(
             classes=self.card.classes,
@@ -116,8 +120,8 @@ def _device(asked: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(asked)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"the device {asked!r} cannot be used: {first}", hint="Use --device auto or cpu.") from error
     return device

@@ -160,11 +160,19 @@ def atomic_text(path: Path) -> Iterator[TextIO]:
 
     Raises DataError where it cannot be written; whatever stood at `path` is then still there.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        if path.exists() and not path.is_file():
+            # A device or pipe is written to, never replaced.
+            with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                yield file
+            return
+        # Through links, so that they stay.
+        path = path.resolve()
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("w", encoding="utf-8", newline="") as file:
+            # File names need not be valid text.
+            with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 yield file
             partial.replace(path)
         finally:

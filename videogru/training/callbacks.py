@@ -81,7 +81,13 @@ class Scores(Callback):
             "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "seconds": seconds,
         }
-        if not math.isfinite(row.get("train_loss", 0.0)):
+        if "train_loss" not in row:
+            raise DataError(
+                "not one training clip could be read",
+                where=self.run / "bad_files.csv",
+                hint="The reasons stand in this file; mend the files or the manifest.",
+            )
+        if not math.isfinite(row["train_loss"]):
             raise DataError(
                 f"the training diverged: the loss is {row['train_loss']} in epoch {trainer.current_epoch + 1}",
                 where=self.run,
