@@ -75,11 +75,6 @@ class SequenceTask(pl.LightningModule):
             return {}
         probabilities, labels = torch.cat(self._val_probabilities), torch.cat(self._val_labels)
         self._val_probabilities, self._val_labels = [], []
-        if self.trainer.world_size > 1:
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, (probabilities.cpu(), labels.cpu()))
-            probabilities = torch.cat([part[0] for part in gathered])
-            labels = torch.cat([part[1] for part in gathered])
         scores = {
             "val_loss": float(F.nll_loss(probabilities.clamp_min(1e-12).log(), labels)),
             "val_accuracy": float((probabilities.argmax(dim=1) == labels).float().mean()),
