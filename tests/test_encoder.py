@@ -26,6 +26,13 @@ def make(encoder: str = "small", in_channels: int = 3, frame_size: int = 32, **s
         ("small", 64, 128, 4),
         ("small", 112, 128, 7),
         ("small", 224, 128, 7),
+        ("airbench", 28, 128, 3),
+        ("airbench", 32, 128, 3),
+        ("airbench", 112, 128, 7),
+        ("airbench", 224, 128, 7),
+        ("sweeps", 32, 128, 4),
+        ("sweeps", 112, 128, 14),
+        ("sweeps", 224, 128, 7),
         ("conv2", 28, 128, 7),
         ("pixels", 28, 32, 28),
         ("resnet18", 32, 512, 4),
@@ -58,7 +65,9 @@ def test_asking_for_the_map_size_changes_no_tensor():
     assert all(torch.equal(tensor, before[name]) for name, tensor in built.state_dict().items())
 
 
-@pytest.mark.parametrize("encoder", ["small", "conv2", "pixels", "resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "encoder", ["small", "airbench", "conv2", "pixels", "sweeps", "resnet18", "mobilenet_v3_small"]
+)
 def test_every_parameter_gets_a_gradient(encoder):
     # Large frames: BatchNorm over few values makes gradients vanish by itself.
     built = make(encoder, in_channels=1, frame_size=48)
@@ -129,7 +138,7 @@ def test_a_failed_download_says_what_else_to_do(tmp_path, monkeypatch):
     assert ".safetensors" in caught.value.hint
 
 
-@pytest.mark.parametrize("encoder", ["small", "conv2", "pixels"])
+@pytest.mark.parametrize("encoder", ["small", "airbench", "conv2", "pixels", "sweeps"])
 def test_own_encoders_have_no_imagenet_weights(encoder):
     with pytest.raises(ConfigError, match=f"no ImageNet weights for the encoder '{encoder}'"):
         make(encoder, weights="imagenet")

@@ -1,6 +1,9 @@
 import csv
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,3 +214,62 @@ def test_named_precisions() -> None:
     assert precision("fp32") == "32-true"
     assert precision("bf16") == "bf16-mixed"
     assert precision("auto") in ("32-true", "bf16-mixed")
+
+
+def test_gradient_checkpointing_changes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from videogru.models import recurrent
+
+    real, sizes = recurrent.in_chunks, []
+
+    def noted(layer: torch.nn.Module, steps: torch.Tensor, size: int) -> torch.Tensor:
+        sizes.append(size)
+        return real(layer, steps, size)
+
+    monkeypatch.setattr(recurrent, "in_chunks", noted)
+    same_for_both = {"model__encoder": "small", "model__num_layers": 2, "train__epochs": 2}
+    plain = train(tmp_path / "plain", settings(**same_for_both))
+    assert not sizes
+    on = {"train__gradient_checkpointing": True, "train__checkpoint_steps": 3}
+    saving = train(tmp_path / "saving", settings(**same_for_both, **on))
+    assert sizes == [3] * (2 * 5 * 4)  # epochs, batches, layers and directions; none in validation
+    assert plain.keys() == saving.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(saving[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
+def losses(run: Path) -> list[float]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) for name in ("train_loss", "val_loss")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_compiled_encoder_learns_the_same(tmp_path: Path, ema_decay: float) -> None:
+    changes = {"model__encoder": "small", "train__epochs": 1, "train__ema_decay": ema_decay}
+    plain = train(tmp_path / "plain", settings(**changes))
+    # A process of its own: the checks of shapes in the tests cannot be compiled.
+    code = f"""
+from pathlib import Path
+import torch
+from test_fit import same, settings, train
+run, config = Path({str(tmp_path / "compiled")!r}), settings(**{changes!r}, train__compile=True)
+first = train(run, config)
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # the first is the probe
+assert same(first, train(run, config, resume=True))
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parent, check=True, timeout=600)
+    compiled = load_file(tmp_path / "compiled" / "model.safetensors")
+    assert plain.keys() == compiled.keys()
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
+def test_without_a_compiler_compiling_is_a_plain_error(tmp_path: Path) -> None:
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    with inductor.patch({"cpp.cxx": (None, "/nonexistent/g++")}), pytest.raises(ConfigError) as caught:
+        train(tmp_path, settings(train__compile=True))
+    assert "train.compile" in str(caught.value) and "/nonexistent/g++" in str(caught.value)
+    assert "--set train.compile=false" in str(caught.value)
+    assert not (tmp_path / "metrics.csv").exists()

@@ -11,6 +11,7 @@ from videogru.config import ModelConfig
 from videogru.models.recurrent import Recurrent, reversed_order
 
 LENGTHS = torch.tensor([7, 1, 4, 6])
+CELLS = ["gru", "lstm", "hypergru", "mingru"]
 
 
 def make(input_size: int = 5, dtype: torch.dtype = torch.float32, **settings) -> Recurrent:
@@ -81,10 +82,14 @@ def test_equals_a_gru_written_by_hand():
             torch.testing.assert_close(part(steps, LENGTHS)[clip, step], state, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm", "none"])
+@pytest.mark.parametrize("cell", [*CELLS, "none"])
+@pytest.mark.parametrize("temporal", ["bi", "causal"])
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("garbage", [1e4, math.inf, math.nan])
-def test_padding_is_zero_in_the_output_and_changes_nothing(cell, garbage):
-    part = make(cell=cell, num_layers=2, layer_norm=True).eval()
+def test_padding_is_zero_in_the_output_and_changes_nothing(cell, temporal, residual, garbage):
+    part = make(cell=cell, temporal=temporal, residual=residual, num_layers=2, layer_norm=True).eval()
+    for parameter in part.parameters():
+        nn.init.normal_(parameter, std=0.3)  # at the start a hypergru is a gru
     steps = make_steps()
     for clip, length in enumerate(LENGTHS.tolist()):
         steps[clip, length:] = garbage
@@ -95,12 +100,14 @@ def test_padding_is_zero_in_the_output_and_changes_nothing(cell, garbage):
         assert torch.count_nonzero(outputs[clip, length:]) == 0
 
 
-def test_causal_states_do_not_see_the_future_and_bidirectional_ones_do():
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_causal_states_do_not_see_the_future_and_bidirectional_ones_do(cell, residual):
     steps, changed = make_steps(), make_steps()
     changed[:, 5] += 1
     lengths = torch.full((4,), 7)
     for temporal in ("causal", "bi"):
-        part = make(temporal=temporal, num_layers=2)
+        part = make(cell=cell, residual=residual, temporal=temporal, num_layers=2)
         before = (part(steps, lengths) - part(changed, lengths))[:, :5]
         assert bool((before == 0).all()) == (temporal == "causal")
 
@@ -141,9 +148,13 @@ def test_each_gate_is_xavier_uniform(cell, gates):
         assert torch.equal(layer.bias_ih_l0 + layer.bias_hh_l0, forget.flatten())
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_every_parameter_gets_a_gradient(cell):
-    part = make(cell=cell, num_layers=2, layer_norm=True)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_every_parameter_gets_a_gradient(cell, residual):
+    part = make(cell=cell, residual=residual, num_layers=2, layer_norm=True)
+    if cell == "hypergru":
+        for parameter in part.parameters():
+            nn.init.normal_(parameter, std=0.3)  # at the start the small GRU changes nothing
     part(make_steps(), LENGTHS).square().mul(make(hidden_size=6, cell=cell)(make_steps(), LENGTHS)).sum().backward()
     for name, parameter in part.named_parameters():
         assert parameter.grad is not None, name
@@ -151,10 +162,12 @@ def test_every_parameter_gets_a_gradient(cell):
         assert bool((parameter.grad != 0).any()), name
 
 
-def test_states_stay_float32_under_autocast():
-    part, steps = make(), make_steps()
+@pytest.mark.parametrize("cell", CELLS)
+def test_states_stay_float32_under_autocast(cell):
+    part, steps = make(cell=cell, residual=True), make_steps()
+    outside = part(steps, LENGTHS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(part(steps, LENGTHS), make()(steps, LENGTHS))
+        assert torch.equal(part(steps, LENGTHS), outside)
         assert part(steps.bfloat16(), LENGTHS).dtype == torch.float32
 
 
@@ -162,3 +175,70 @@ def test_reversed_order_mirrors_the_valid_steps():
     order = reversed_order(torch.tensor([1, 3, 4]), 4)
     assert order.tolist() == [[0, 1, 2, 3], [2, 1, 0, 3], [3, 2, 1, 0]]
     assert torch.equal(order.gather(1, order), torch.arange(4).expand(3, 4))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("temporal", ["bi", "causal"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_layers_in_a_row_clip_by_clip(cell, temporal, residual):
+    part = make(dtype=torch.float64, cell=cell, temporal=temporal, residual=residual, num_layers=3)
+    for parameter in part.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    outputs = part(make_steps(torch.float64), LENGTHS)
+    assert outputs.shape[-1] == part.out_size == (12 if temporal == "bi" else 6)
+    for clip, length in enumerate(LENGTHS.tolist()):
+        states = make_steps(torch.float64)[clip : clip + 1, :length]
+        for index, layer in enumerate(part.forward_layers):
+            read = [layer(states)[0]]
+            if temporal == "bi":
+                read.append(part.backward_layers[index](states.flip(1))[0].flip(1))
+            before, states = states, torch.cat(read, dim=-1)
+            if residual:
+                wider = before.shape[-1] != states.shape[-1]
+                states = states + (before @ part.shortcuts[index].weight.T if wider else before)
+        torch.testing.assert_close(outputs[clip : clip + 1, :length], states, rtol=0, atol=1e-12)
+    projected = [name for name, _ in part.named_parameters() if name.startswith("shortcuts")]
+    assert projected == (["shortcuts.0.weight"] if residual else [])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_added_is_the_input_before_dropout(cell):
+    part = make(input_size=6, cell=cell, temporal="causal", residual=True, input_dropout=0.5)
+    steps, lengths = torch.randn(4, 7, 6), torch.full((4,), 7)
+    for parameter in part.parameters():
+        nn.init.zeros_(parameter)  # every layer's states are then zero
+    assert torch.equal(part(steps, lengths), steps)
+
+
+def test_a_residual_projection_is_xavier_uniform():
+    weight = make(input_size=96, hidden_size=64, residual=True).shortcuts[0].weight.detach()
+    bound = math.sqrt(6 / (96 + 128))
+    assert weight.shape == (128, 96)
+    assert float(weight.abs().max()) <= bound
+    assert float(weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_initial_values_are_drawn_in_the_order_of_the_first_release(cell):
+    part = make(cell=cell, num_layers=2)
+    torch.manual_seed(3)
+    for size, layers in ((5, (part.forward_layers[0], part.backward_layers[0])), (12, (part.forward_layers[1],))):
+        for layer in layers:
+            expected = (nn.GRU if cell == "gru" else nn.LSTM)(size, 6, batch_first=True)  # draws, too
+            for name in ("weight_ih_l0", "weight_hh_l0"):
+                for gate in getattr(expected, name).detach().split(6):
+                    nn.init.xavier_uniform_(gate)
+                assert torch.equal(getattr(layer, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize(("input_size", "hidden_size", "num_layers"), [(5, 6, 1), (512, 128, 1), (64, 32, 3)])
+@pytest.mark.parametrize("temporal", ["bi", "causal"])
+def test_a_gru_has_three_quarters_of_the_parameters_of_an_lstm(input_size, hidden_size, num_layers, temporal):
+    widths = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "temporal": temporal}
+    gru, lstm = (sum(p.numel() for p in make(cell=cell, **widths).parameters()) for cell in ("gru", "lstm"))
+    assert 4 * gru == 3 * lstm
+
+
+def test_a_mingru_has_no_recurrent_matrix():
+    parameters = make(cell="mingru", temporal="causal").parameters()
+    assert sorted(tuple(p.shape) for p in parameters) == [(12,), (12, 5)]

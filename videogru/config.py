@@ -99,21 +99,42 @@ class ModelConfig(Settings):
     """encoder -> serialize -> recurrent -> head."""
 
     encoder: Literal[
-        "small", "resnet18", "resnet34", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large", "conv2", "pixels"
+        "small",
+        "airbench",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "mobilenet_v3_small",
+        "mobilenet_v3_large",
+        "conv2",
+        "pixels",
+        "sweeps",
     ] = "small"
     encoder_width: int = Field(
-        32, ge=1, le=4096, description="channels of the first stage (small) or of the 1x1 convolution (pixels)"
+        32,
+        ge=1,
+        le=4096,
+        description="channels of the first stage (small, airbench) or of the 1x1 convolution (pixels), "
+        "units of the first GRU (sweeps)",
     )
     weights: str = Field("none", description="none, imagenet, or a .safetensors file with the encoder's tensors")
     stem: Literal["auto", "imagenet", "small"] = Field(
         "auto", description="first layers of torchvision encoders; auto: small up to 64 pixels"
     )
     seq: Literal["frames", "slices", "rows", "cols", "grid"] = "frames"
-    cell: Literal["gru", "lstm", "none"] = Field("gru", description="none: no recurrent part, the order-free twin")
+    cell: Literal["gru", "lstm", "hypergru", "mingru", "none"] = Field(
+        "gru", description="none: no recurrent part, the order-free twin"
+    )
     temporal: Literal["bi", "causal"] = "bi"
     hidden_size: int = Field(128, ge=1, le=16_384, description="units per direction")
     num_layers: int = Field(1, ge=1, le=64)
-    pooling: Literal["last", "mean", "max", "attention"] = "mean"
+    residual: bool = Field(False, description="add each recurrent layer's input to its output, projected to its width")
+    hyper_size: int = Field(32, ge=1, le=4096, description="units of the small GRU that modulates a hypergru")
+    local_attention: int = Field(
+        0, ge=0, le=1024, description="steps to each side that a step attends to before the recurrent part; 0: off"
+    )
+    attention_heads: int = Field(4, ge=1, le=64, description="of local_attention and of pooling=multihead")
+    pooling: Literal["last", "mean", "max", "attention", "multihead"] = "mean"
     layer_norm: bool = Field(True, description="LayerNorm after the recurrent part")
     input_dropout: Fraction = Field(0.3, description="before each recurrent layer")
     dropout: Fraction = Field(0.5, description="before the linear head")
@@ -125,13 +146,21 @@ class TrainConfig(Settings):
     epochs: Positive = 30
     batch_size: Positive = Field(32, description="per process")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd", "muon"] = Field(
+        "adam", description="muon: orthogonalized momentum for the convolutions, AdamW at `lr` for the rest"
+    )
+    muon_lr: float = Field(0.1, gt=0, description="peak rate of the convolutions, for optimizer=muon")
     weight_decay: float = Field(1e-4, ge=0)
     label_smoothing: Fraction = 0.1
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup: Fraction = Field(0.1, description="share of all steps with a linearly rising rate")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    compile: bool = Field(False, description="torch.compile the encoder; takes a minute before the first step")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the encoder's stages and the recurrent steps backward: less memory, more time"
+    )
+    checkpoint_steps: Positive = Field(128, description="recurrent steps that are recomputed as one")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: inverse class frequency")
     early_stopping: int = Field(0, ge=0, description="epochs without a better validation score before stopping; 0: off")
     keep: Literal["best", "last"] = Field(
@@ -144,6 +173,12 @@ class TrainConfig(Settings):
     )
     devices: Positive = Field(1, description="GPUs or processes per node; more than one: not yet")
     nodes: Positive = Field(1, description="machines; more than one: not yet")
+
+    @model_validator(mode="after")
+    def _compiled_or_recomputed(self) -> "TrainConfig":
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("train.compile and train.gradient_checkpointing do not go together: choose one")
+        return self
 
     @model_validator(mode="after")
     def _one_process(self) -> "TrainConfig":

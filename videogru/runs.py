@@ -276,7 +276,7 @@ def _with_classes_of(corpus: Corpus, classes: tuple[str, ...], model: Path) -> C
 
 def _facts(predictor: Predictor, corpus: Corpus, evaluations: dict[str, Evaluation], shown: str) -> dict[str, str]:
     parts = predictor.classifier.describe()
-    facts = {f"{part} parameters": f"{parts[part]:,}" for part in ("encoder", "recurrent", "head", "total")}
+    facts = {f"{part} parameters": f"{count:,}" for part, count in parts.items() if part != "steps_per_frame"}
     facts["steps per frame"] = str(parts["steps_per_frame"])
     facts |= {"data set": corpus.name, "kind": corpus.kind}
     facts |= {f"rows in {split}": f"{len(corpus.manifest.rows(split)):,}" for split in SPLITS}

@@ -1,10 +1,11 @@
-"""The whole model: normalize, encode each frame, serialize, read the steps, pool, classify."""
+"""The whole model: normalize, encode each frame, serialize, attend, read the steps, pool, classify."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from videogru.config import ModelConfig
+from videogru.models.attention import LocalAttention
 from videogru.models.encoder import build_encoder
 from videogru.models.head import Head
 from videogru.models.recurrent import Recurrent
@@ -63,8 +64,14 @@ class Classifier(nn.Module):
         self.encoder = build_encoder(model, in_channels=in_channels, frame_size=frame_size)
         h, w = self.encoder.map_size(in_channels, frame_size)
         self.steps_per_frame = steps_per_frame(model.seq, h, w)
-        self.recurrent = Recurrent(model, step_size(model.seq, self.encoder.out_channels, h, w))
+        size = step_size(model.seq, self.encoder.out_channels, h, w)
+        self.recurrent = Recurrent(model, size)
         self.head = Head(model, self.recurrent.out_size, num_classes)
+        # Last, so that the other parts draw the same initial values with and without it.
+        self.local_attention: LocalAttention | None = None
+        if model.local_attention:
+            causal, heads = model.temporal == "causal", model.attention_heads
+            self.local_attention = LocalAttention(size, model.local_attention, heads, causal=causal)
         self.encoder.to(memory_format=torch.channels_last)
 
     def forward(self, frames: BatchFrames, lengths: Lengths) -> Logits:
@@ -82,12 +89,25 @@ class Classifier(nn.Module):
             raise ValueError(f"frames are (B T {c} {h} {w}), but this model takes {wanted}")
         maps = self._maps(frames, lengths)
         step_lengths = lengths * self.steps_per_frame
-        outputs: Tensor = self.recurrent(serialize(maps, self.config.seq), step_lengths)
+        steps = serialize(maps, self.config.seq)
+        if self.local_attention is not None:
+            steps = self.local_attention(steps, step_lengths)
+        outputs: Tensor = self.recurrent(steps, step_lengths)
         return outputs, step_lengths
+
+    def use_checkpointing(self, steps: int) -> None:
+        """From now on, recompute in training: the encoder stage by stage, the recurrent part `steps` at a time.
+
+        Losses and gradients stay the same; memory falls and time rises.
+        """
+        self.encoder.checkpointing = True
+        self.recurrent.checkpoint_steps = steps
 
     def describe(self) -> dict[str, int]:
         """How many parameters each part has, and how many steps a frame gives."""
-        parts = {"encoder": self.encoder, "recurrent": self.recurrent, "head": self.head}
+        parts: dict[str, nn.Module] = {"encoder": self.encoder, "recurrent": self.recurrent, "head": self.head}
+        if self.local_attention is not None:
+            parts["attention"] = self.local_attention
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         return {**counts, "total": sum(counts.values()), "steps_per_frame": self.steps_per_frame}
 

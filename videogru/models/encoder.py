@@ -1,7 +1,8 @@
 """The 2-D CNN that reads one frame: (N C H W) -> feature maps (N D h w).
 
-Own nets: `small` (a cheap residual net), `conv2` (the article's sample net), `pixels` (a 1x1 convolution). The others
-are torchvision's, with their tensor names, without their pooling and classifier.
+Own nets: `small` (a cheap residual net), `airbench` (learns small images in few epochs), `conv2` (the article's sample
+net), `pixels` (a 1x1 convolution), `sweeps` (GRUs instead of convolutions). The others are torchvision's, with their
+tensor names, without their pooling and classifier.
 """
 
 from collections import OrderedDict
@@ -16,22 +17,31 @@ from torch import Tensor, nn
 
 from videogru.config import ModelConfig
 from videogru.errors import ConfigError
+from videogru.models.checkpointing import by_stage
+from videogru.models.sweeps import Sweep
 
+OWN_NETS = ("small", "airbench", "conv2", "pixels", "sweeps")
 SMALL_STEM_PIXELS = 64  # stem=auto: below and at this side, a torchvision net gets a stem that does not down-sample
 _DROPPED_LAYERS = ("fc.", "classifier.")  # heads of torchvision's nets, ignored in a file of weights
 _MODEL_FILE_PREFIX = "encoder.layers."  # where a videogru model file keeps its encoder
 
 
 class Encoder(nn.Module):
-    """One frame to one map: (N C H W) float -> (N D h w), D = `out_channels`; no frame sees another in eval mode."""
+    """One frame to one map: (N C H W) float -> (N D h w), D = `out_channels`; no frame sees another in eval mode.
+
+    checkpointing: in training the stages are recomputed on the way back.
+    """
 
     def __init__(self, layers: nn.Module, out_channels: int) -> None:
         super().__init__()
         self.layers = layers
         self.out_channels = out_channels
+        self.checkpointing = False
 
     def forward(self, frames: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D h w"]:
         """Feature maps, one per frame."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return by_stage(self.layers, frames)
         maps: Tensor = self.layers(frames)
         return maps
 
@@ -59,7 +69,7 @@ def build_encoder(config: ModelConfig, *, in_channels: int, frame_size: int) -> 
     The 3x3 stem of a ResNet (model.stem) has no counterpart in the ImageNet weights and starts from random values.
     Raises ConfigError where weights do not exist, cannot be fetched or do not fit.
     """
-    if config.weights == "imagenet" and config.encoder in ("small", "conv2", "pixels"):
+    if config.weights == "imagenet" and config.encoder in OWN_NETS:
         raise ConfigError(
             f"there are no ImageNet weights for the encoder {config.encoder!r}",
             where="model.weights",
@@ -68,8 +78,12 @@ def build_encoder(config: ModelConfig, *, in_channels: int, frame_size: int) -> 
     layers: nn.Module
     if config.encoder == "small":
         layers, out_channels = _small(config.encoder_width, in_channels, frame_size)
+    elif config.encoder == "airbench":
+        layers, out_channels = _airbench(config.encoder_width, in_channels, frame_size)
     elif config.encoder == "conv2":
         layers, out_channels = _conv2(in_channels), 128
+    elif config.encoder == "sweeps":
+        layers, out_channels = _sweeps(config.encoder_width, in_channels, frame_size)
     elif config.encoder == "pixels":
         layers = nn.Sequential(OrderedDict(project=nn.Conv2d(in_channels, config.encoder_width, 1)))
         out_channels = config.encoder_width
@@ -109,6 +123,28 @@ class ResidualBlock(nn.Module):
         return outer
 
 
+class PooledBlock(nn.Module):
+    """3x3 convolution, 2x2 max-pool, BatchNorm, GELU, then 3x3 convolution, BatchNorm, GELU.
+
+    The order of Jordan 2024 (arXiv:2404.00498, section 3.1): what follows the pool works on a quarter of the cells.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.pool = nn.MaxPool2d(2)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.gelu = nn.GELU()
+
+    def forward(self, maps: Float[Tensor, "N Din H W"]) -> Float[Tensor, "N Dout h w"]:
+        """Maps of half the side."""
+        inner = self.gelu(self.bn1(self.pool(self.conv1(maps))))
+        outer: Tensor = self.gelu(self.bn2(self.conv2(inner)))
+        return outer
+
+
 def _small(width: int, in_channels: int, frame_size: int) -> tuple[nn.Module, int]:
     """A stem and three blocks of `width`, 2 and 4 times `width` channels, each of stride 2.
 
@@ -132,6 +168,35 @@ def _small(width: int, in_channels: int, frame_size: int) -> tuple[nn.Module, in
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return net, before
+
+
+def _airbench(width: int, in_channels: int, frame_size: int) -> tuple[nn.Module, int]:
+    """A 2x2 convolution to 24 channels and three pooled blocks of `width`, 2 and 4 times `width` channels.
+
+    Maps are 3x3 at 28 and 32 pixels, 7x7 at 112 and 224. Jordan's net has 64, 256 and 256 channels, and its first
+    layer is frozen to whiten the pixels; here it learns.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        stem=nn.Conv2d(in_channels, 24, 2, 1 if frame_size <= 48 else 2), stem_gelu=nn.GELU()
+    )
+    if frame_size > 128:
+        layers["stem_pool"] = nn.MaxPool2d(2)
+    before = 24
+    for stage, channels in enumerate((width, 2 * width, 4 * width), start=1):
+        layers[f"stage{stage}"] = PooledBlock(before, channels)
+        before = channels
+    return nn.Sequential(layers), before
+
+
+def _sweeps(width: int, in_channels: int, frame_size: int) -> tuple[nn.Module, int]:
+    """Three sweeps of `width`, `width` and 2 times `width` units: maps of 1/8 of the side, 1/32 above 128 pixels."""
+    patch = 4 if frame_size <= 128 else 16
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        sweep1=Sweep(in_channels, width, patch),
+        sweep2=Sweep(2 * width, width, 1),
+        sweep3=Sweep(2 * width, 2 * width, 2),
+    )
+    return nn.Sequential(layers), 4 * width
 
 
 def _conv2(in_channels: int) -> nn.Module:

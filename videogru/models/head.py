@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from videogru.config import ModelConfig
+from videogru.models.attention import MultiheadPooling
 from videogru.models.serialize import valid_steps
 from videogru.shapes import Lengths, Logits
 
@@ -23,7 +24,8 @@ def pool(
 
     mean, max: over steps. last: the state after the whole clip, which for the backward half of a bidirectional part is
     the one at step 0. attention: the mean weighted by softmax(outputs . query / sqrt(F)), with a learned query
-    (Vaswani et al. 2017, section 3.2.1, with one query and keys = values = outputs). Raises ValueError on another mode.
+    (Vaswani et al. 2017, section 3.2.1, with one query and keys = values = outputs). Raises ValueError on another mode;
+    multihead has parameters and is a layer, MultiheadPooling.
     """
     if mode == "last":
         place = (lengths - 1).view(-1, 1, 1).expand(-1, 1, outputs.shape[-1])
@@ -55,11 +57,15 @@ class Head(nn.Module):
         self.pooling = config.pooling
         self.bidirectional = config.cell != "none" and config.temporal == "bi"
         self.query = nn.Parameter(torch.zeros(in_size)) if config.pooling == "attention" else None
+        self.multihead = MultiheadPooling(in_size, config.attention_heads) if config.pooling == "multihead" else None
         self.dropout = nn.Dropout(config.dropout)
         self.linear = nn.Linear(in_size, num_classes)
 
     def forward(self, outputs: Float[Tensor, "B S F"], lengths: Lengths) -> Logits:
         """Unnormalized scores of the classes."""
-        pooled = pool(outputs, lengths, self.pooling, bidirectional=self.bidirectional, query=self.query)
+        if self.multihead is not None:
+            pooled = self.multihead(outputs, lengths)
+        else:
+            pooled = pool(outputs, lengths, self.pooling, bidirectional=self.bidirectional, query=self.query)
         logits: Tensor = self.linear(self.dropout(pooled))
         return logits

@@ -1,4 +1,4 @@
-"""The part that reads the steps in order: GRU or LSTM layers over padded clips, exact without packing.
+"""The part that reads the steps in order: recurrent layers over padded clips, exact without packing.
 
 A bidirectional layer is two unidirectional ones; the second reads each clip's valid steps reversed by a gather. That
 equals `pack_padded_sequence` (a test compares them), and unlike packing it exports to ONNX and compiles.
@@ -9,18 +9,21 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from videogru.config import ModelConfig
+from videogru.models.cells import HyperGRU, MinGRU, init_gates
+from videogru.models.checkpointing import in_chunks
 from videogru.models.serialize import valid_steps
 from videogru.shapes import Lengths, Steps
-
-_GATES = {"gru": 3, "lstm": 4}
 
 
 class Recurrent(nn.Module):
     """Steps (B S D), of which the first `lengths` (B,) are valid, to (B S F), F = `out_size`; zeros at padded steps.
 
     F is hidden_size, twice that where `temporal` is bi: forward states, then backward states. Cell `none` hands the
-    steps on as they are (F = D): the order-free twin. Runs in float32 at least, also under autocast: bfloat16 would
-    save a fifth of this part's time, little of a whole step, and rounds at every state update.
+    steps on as they are (F = D): the order-free twin. `residual` adds what a layer reads, before dropout, to what it
+    gives, through a projection where the widths differ (He et al. 2016, arXiv:1512.03385, section 3.2). Runs in float32
+    at least, also under autocast: bfloat16 would save a fifth of this part's time, little of a whole step, and rounds
+    at every state update. checkpoint_steps: in training that many steps are recomputed at a time on the way back; 0:
+    none are.
     """
 
     def __init__(self, config: ModelConfig, input_size: int) -> None:
@@ -28,13 +31,18 @@ class Recurrent(nn.Module):
         self.bidirectional = config.cell != "none" and config.temporal == "bi"
         self.forward_layers = nn.ModuleList()
         self.backward_layers = nn.ModuleList()
+        self.shortcuts = nn.ModuleList()
+        self.checkpoint_steps = 0
         size = input_size
         if config.cell != "none":
             for _ in range(config.num_layers):
-                self.forward_layers.append(_layer(config.cell, size, config.hidden_size))
+                self.forward_layers.append(_layer(config, size))
                 if self.bidirectional:
-                    self.backward_layers.append(_layer(config.cell, size, config.hidden_size))
-                size = config.hidden_size * (2 if self.bidirectional else 1)
+                    self.backward_layers.append(_layer(config, size))
+                width = config.hidden_size * (2 if self.bidirectional else 1)
+                if config.residual:
+                    self.shortcuts.append(_shortcut(size, width))
+                size = width
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.norm: nn.Module = nn.LayerNorm(size) if config.layer_norm else nn.Identity()
         self.out_size = size
@@ -49,12 +57,19 @@ class Recurrent(nn.Module):
             order = reversed_order(lengths, steps.shape[1]) if self.bidirectional else None
             for index, ahead in enumerate(self.forward_layers):
                 inputs = self.input_dropout(states)
-                states = ahead(inputs)[0]
+                outputs = self._read(ahead, inputs)
                 if order is not None:
-                    back = self.backward_layers[index](_reorder(inputs, order))[0]
-                    states = torch.cat((states, _reorder(back, order)), dim=-1)
+                    back = self._read(self.backward_layers[index], _reorder(inputs, order))
+                    outputs = torch.cat((outputs, _reorder(back, order)), dim=-1)
+                states = outputs + self.shortcuts[index](states) if len(self.shortcuts) else outputs
             normed: Tensor = self.norm(states)
             return normed.masked_fill(padded, 0.0)
+
+    def _read(self, layer: nn.Module, steps: Steps) -> Float[Tensor, "B S H"]:
+        if self.checkpoint_steps and self.training and torch.is_grad_enabled():
+            return in_chunks(layer, steps, self.checkpoint_steps)
+        states: Tensor = layer(steps)[0]
+        return states
 
 
 def reversed_order(lengths: Lengths, total: int) -> Int64[Tensor, "B S"]:
@@ -68,19 +83,30 @@ def _reorder(steps: Float[Tensor, "B S D"], order: Int64[Tensor, "B S"]) -> Floa
     return steps.gather(1, order.unsqueeze(-1).expand(-1, -1, steps.shape[-1]))
 
 
-def _layer(cell: str, input_size: int, hidden_size: int) -> nn.GRU | nn.LSTM:
-    """One layer, one direction; each gate's blocks Xavier-uniform (Glorot and Bengio 2010, eq. 16), as in the article.
+def _layer(config: ModelConfig, input_size: int) -> nn.Module:
+    """One layer, one direction; each gate's blocks Xavier-uniform, biases zero, as in the article.
 
-    Biases are zero, but for the forget gate of an LSTM: one (Jozefowicz et al. 2015, section 2.2).
+    But the forget gate's bias of an LSTM is one (Jozefowicz et al. 2015, section 2.2).
     """
-    kind = nn.GRU if cell == "gru" else nn.LSTM
-    layer = kind(input_size, hidden_size, batch_first=True)
-    for name, parameter in layer.named_parameters():
-        if name.startswith("weight"):
-            for gate in parameter.detach().chunk(_GATES[cell]):
-                nn.init.xavier_uniform_(gate)
-        else:
-            nn.init.zeros_(parameter)
-            if cell == "lstm" and name == "bias_ih_l0":
-                nn.init.ones_(parameter.detach()[hidden_size : 2 * hidden_size])  # torch's order of gates: i, f, g, o
-    return layer
+    hidden_size = config.hidden_size
+    if config.cell == "mingru":
+        return MinGRU(input_size, hidden_size)
+    if config.cell == "hypergru":
+        return HyperGRU(input_size, hidden_size, config.hyper_size)
+    if config.cell == "gru":
+        gru = nn.GRU(input_size, hidden_size, batch_first=True)
+        init_gates(gru, 3)
+        return gru
+    lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
+    init_gates(lstm, 4)
+    bias = dict(lstm.named_parameters())["bias_ih_l0"].detach()
+    nn.init.ones_(bias[hidden_size : 2 * hidden_size])  # torch's order of gates: i, f, g, o
+    return lstm
+
+
+def _shortcut(input_size: int, output_size: int) -> nn.Module:
+    if input_size == output_size:
+        return nn.Identity()
+    linear = nn.Linear(input_size, output_size, bias=False)
+    nn.init.xavier_uniform_(linear.weight)
+    return linear

@@ -41,16 +41,23 @@ class Scores(Callback):
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.seconds = 0.0
-        self._started = 0.0
+        self._started = 0.0  # of the epoch in progress; 0 between epochs
+        self._before = 0.0  # seconds of that epoch before the run was interrupted
         self._val: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know of the epochs before."""
-        return {"history": self.history, "best": self.best, "seconds": self.seconds}
+        elapsed = self._before + (time.monotonic() - self._started if self._started else 0.0)
+        return {"history": self.history, "best": self.best, "seconds": self.seconds, "elapsed": elapsed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self.history, self.best, self.seconds = state_dict["history"], state_dict["best"], state_dict["seconds"]
+        self._before = state_dict.get("elapsed", 0.0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of an epoch that goes on in its middle, which Lightning does not start again."""
+        self._started = time.monotonic()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -71,7 +78,8 @@ class Scores(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One row in the log, one line in the terminal; stop early if asked to."""
         assert isinstance(pl_module, SequenceTask)
-        seconds = time.monotonic() - (self._started or time.monotonic())
+        seconds = self._before + time.monotonic() - self._started
+        self._started = self._before = 0.0
         self.seconds += seconds
         row = {
             "epoch": float(trainer.current_epoch),

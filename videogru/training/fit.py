@@ -23,6 +23,8 @@ from videogru.errors import ConfigError, DataError, Interrupted
 from videogru.modelfile import MODEL_FILE_NAME, ModelCard, make_card, write_model
 from videogru.models.classifier import Classifier
 from videogru.training.callbacks import STATE_FILE, BadFiles, SaveState, Scores
+from videogru.training.compiling import compile_encoder
+from videogru.training.memory import keep_freed_memory
 from videogru.training.task import SequenceTask
 
 # Of ImageNet for color; gray volumes arrive in 0..1 with much background.
@@ -73,6 +75,8 @@ def fit(
     random.seed(train.seed)
     np.random.seed(train.seed % 2**32)
     classifier = build_classifier(config, len(corpus.classes))
+    if train.gradient_checkpointing:
+        classifier.use_checkpointing(train.checkpoint_steps)
     if train.early_stopping and not len(corpus.manifest.rows("val")):
         raise ConfigError(
             "train.early_stopping needs validation rows, and there are none",
@@ -95,6 +99,10 @@ def fit(
         callbacks.append(TQDMProgressBar(leave=False))
     state = SaveState(run, say=say)
     callbacks.append(state)
+    if train.compile:
+        compile_encoder(classifier, "cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     started = time.monotonic()
     with warnings.catch_warnings():
         _quiet_lightning()

@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import binary_auroc
 from videogru.config import TrainConfig
 from videogru.data.batching import Loaded
 from videogru.models.classifier import Classifier
+from videogru.training.muon import Muon, muon_groups
 
 
 class SequenceTask(pl.LightningModule):
@@ -84,7 +85,7 @@ class SequenceTask(pl.LightningModule):
         return scores
 
     def configure_optimizers(self) -> Any:
-        """Adam, AdamW or SGD with Nesterov momentum; no decay on biases and norms for AdamW."""
+        """Adam, AdamW, SGD with Nesterov momentum, or Muon; no decay on biases and norms for AdamW and Muon."""
         config = self.config
         parameters = [p for p in self.classifier.parameters() if p.requires_grad]
         optimizer: torch.optim.Optimizer
@@ -92,6 +93,11 @@ class SequenceTask(pl.LightningModule):
             optimizer = torch.optim.SGD(
                 parameters, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
             )
+        elif config.optimizer == "muon":
+            groups = muon_groups(
+                self.classifier, muon_lr=config.muon_lr, lr=config.lr, weight_decay=config.weight_decay
+            )
+            optimizer = Muon(groups)
         elif config.optimizer == "adam":
             optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
         else:
