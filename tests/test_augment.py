@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from videogru.config import AugmentConfig
-from videogru.data.augment import augment_batch, augment_volume, sampling_draws
+from videogru.data.augment import augment_batch, augment_volume, mix_batch, sampling_draws
+from videogru.sequence import SequenceBatch
 
 EVERYTHING = AugmentConfig(
     flip=0.5, rotate_degrees=20, scale=0.2, translate=0.1, brightness=0.1, contrast=0.2, noise=0.05, erase=0.5
@@ -140,3 +141,71 @@ def test_sampling_draws_are_reproducible_and_apart() -> None:
     assert np.array_equal(sampling_draws(1, 2, 3, 5), sampling_draws(1, 2, 3, 5))
     assert not np.array_equal(sampling_draws(1, 2, 3, 5), sampling_draws(1, 2, 4, 5))
     assert ((sampling_draws(1, 2, 3, 500) >= 0) & (sampling_draws(1, 2, 3, 500) < 1)).all()
+
+
+def batch_of(lengths: list[int], size: int = 8) -> SequenceBatch:
+    """Clip i is filled with the value i + 1 and has the label i."""
+    count, longest = len(lengths), max(lengths)
+    frames = torch.arange(1.0, count + 1).view(-1, 1, 1, 1, 1).expand(-1, longest, 3, size, size).clone()
+    return SequenceBatch(frames, torch.tensor(lengths), torch.arange(10, 10 + count), torch.arange(count))
+
+
+def test_cutmix_puts_a_box_of_the_next_clip_and_counts_its_pixels() -> None:
+    batch = batch_of([2] * 40)
+    mixed = mix_batch(batch, probability=0.7, seed=1, epoch=3)
+    assert mixed.others is not None and mixed.shares is not None
+    boxes = 0
+    for place in range(40):
+        following = (place + 1) % 40
+        assert int(mixed.others[place]) == following
+        frame = mixed.frames[place, 0, 0]
+        theirs = frame == following + 1
+        assert (frame[~theirs] == place + 1).all()
+        assert (mixed.frames[place] == frame).all()  # alike in all steps and channels
+        assert float(mixed.shares[place]) == pytest.approx(1 - theirs.float().mean().item())
+        if theirs.any():
+            rows, cols = theirs.nonzero().unbind(1)
+            assert theirs.sum() == (rows.max() - rows.min() + 1) * (cols.max() - cols.min() + 1)  # one full box
+            boxes += 1
+    assert 18 <= boxes <= 36
+    torch.testing.assert_close(batch.frames, batch_of([2] * 40).frames)  # the given one is untouched
+
+
+def test_cutmix_covers_any_share_of_the_area() -> None:
+    shares = mix_batch(batch_of([1] * 400, size=32), probability=0.999, seed=0, epoch=0).shares
+    assert shares is not None
+    assert shares.min() < 0.3 and shares.max() > 0.95
+    assert 0.55 < float(shares.mean()) < 0.75  # boxes of half the area on average, cut at the edges
+
+
+def test_clips_of_unequal_length_are_not_mixed() -> None:
+    batch = batch_of([2, 1, 1, 2])
+    mixed = mix_batch(batch, probability=0.999, seed=0, epoch=0)
+    assert mixed.shares is not None
+    for place in (0, 2):  # 2 beside 1, 1 beside 2
+        assert torch.equal(mixed.frames[place], batch.frames[place])
+        assert mixed.shares[place] == 1
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"epoch": 1}])
+def test_cutmix_follows_seed_and_epoch(change: dict) -> None:
+    batch, key = batch_of([1] * 8), {"probability": 0.9, "seed": 0, "epoch": 0}
+    first, again = mix_batch(batch, **key), mix_batch(batch, **key)
+    other = mix_batch(batch, **{**key, **change})
+    assert torch.equal(first.frames, again.frames)
+    assert not torch.equal(first.frames, other.frames)
+
+
+def test_without_labels_partners_or_probability_nothing_is_mixed() -> None:
+    batch = batch_of([1, 1])
+    assert mix_batch(batch, probability=0.0, seed=0, epoch=0) is batch
+    unlabeled = SequenceBatch(batch.frames, batch.lengths, batch.indices)
+    assert mix_batch(unlabeled, probability=0.9, seed=0, epoch=0) is unlabeled
+    alone = batch_of([1])
+    assert mix_batch(alone, probability=0.9, seed=0, epoch=0) is alone
+
+
+def test_cutmix_alone_changes_no_single_clip() -> None:
+    frames = clips()
+    only = AugmentConfig(cutmix=0.5)
+    assert torch.equal(augment_batch(frames, full(frames), config=only, seed=0, epoch=0, indices=[0] * 6), frames)

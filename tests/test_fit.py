@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 
@@ -16,6 +17,7 @@ from videogru.config import Config, resolve_config
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.errors import ConfigError, DataError, Interrupted
+from videogru.training.callbacks import Scores
 from videogru.training.fit import fit, precision
 
 SETTINGS = {
@@ -273,3 +275,43 @@ def test_without_a_compiler_compiling_is_a_plain_error(tmp_path: Path) -> None:
     assert "train.compile" in str(caught.value) and "/nonexistent/g++" in str(caught.value)
     assert "--set train.compile=false" in str(caught.value)
     assert not (tmp_path / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("change", [{"data__augment__cutmix": 0.5}, {"train__optimizer": "muon"}])
+def test_cutmix_and_muon_change_a_training_and_repeat(tmp_path: Path, change: dict[str, object]) -> None:
+    usual = {"model__encoder": "conv2", "train__epochs": 1}
+    plain = train(tmp_path / "plain", settings(**usual))
+    once = train(tmp_path / "once", settings(**usual, **change))
+    again = train(tmp_path / "again", settings(**usual, **change))
+    assert same(once, again)
+    assert not same(once, plain)
+
+
+def test_an_interrupted_epoch_counts_all_its_seconds(tmp_path: Path) -> None:
+    config = settings(train__epochs=1)
+
+    class Clock:
+        """One second a call."""
+
+        now = 0.0
+
+        def __call__(self) -> float:
+            self.now += 1.0
+            return self.now
+
+    trainer, module = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), pl.LightningModule()
+    clock = Clock()
+    first = Scores(tmp_path, config.train, say=print, save=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("videogru.training.callbacks.time.monotonic", clock)
+        first.on_train_start(trainer, module)
+        first.on_train_epoch_start(trainer, module)
+        started = clock.now
+        clock.now += 50
+        state = first.state_dict()
+        assert state["elapsed"] == clock.now - started
+        second = Scores(tmp_path, config.train, say=print, save=lambda _: None)
+        second.load_state_dict(state)
+        second.on_train_start(trainer, module)
+        clock.now += 30
+        assert second.state_dict()["elapsed"] == 51 + 31

@@ -7,7 +7,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from videogru.config import ModelConfig, TrainConfig
 from videogru.models.classifier import Classifier
-from videogru.training.task import SequenceTask, class_weights
+from videogru.training.task import SequenceTask, class_weights, mixed_cross_entropy
 
 
 def make_task(**train: object) -> SequenceTask:
@@ -63,3 +63,27 @@ def test_adamw_leaves_biases_and_norms_undecayed() -> None:
     for name, parameter in task.classifier.named_parameters():
         assert decay[id(parameter)] == (0.05 if parameter.ndim > 1 else 0.0), name
     assert math.isclose(sum(decay.values()), 0.05 * sum(p.ndim > 1 for p in task.classifier.parameters()))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixed_labels_cost_as_soft_targets_written_out(weighted, smoothing):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    labels, others = torch.tensor([0, 1, 2, 3, 1]), torch.tensor([1, 1, 0, 2, 3])
+    shares = torch.rand(5, generator=generator)
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.7], dtype=torch.float64) if weighted else None
+    scale = torch.ones(4, dtype=torch.float64) if weight is None else weight
+    total = norm = 0.0
+    for clip in range(5):
+        logs = logits[clip] - logits[clip].exp().sum().log()
+        for label, share in ((labels[clip], shares[clip]), (others[clip], 1 - shares[clip])):
+            target = torch.full((4,), smoothing / 4, dtype=torch.float64)
+            target[label] += 1 - smoothing
+            total += share * -(target * scale * logs).sum()
+            norm += share * scale[label]
+    loss = mixed_cross_entropy(logits, labels, others, shares, weight=weight, label_smoothing=smoothing)
+    assert float(loss) == pytest.approx(float(total / norm), abs=1e-6)
+    whole = mixed_cross_entropy(logits, labels, others, torch.ones(5), weight=weight, label_smoothing=smoothing)
+    plain = torch.nn.functional.cross_entropy(logits, labels, weight=weight, label_smoothing=smoothing)
+    torch.testing.assert_close(whole, plain)

@@ -44,6 +44,9 @@ class AugmentConfig(Settings):
     erase: Fraction = Field(
         0.0, description="probability of filling one square with the mean (volumes: a block with 0)"
     )
+    cutmix: Fraction = Field(
+        0.0, description="probability of a box from another clip of the batch, with its share of the label"
+    )
 
 
 class DataConfig(Settings):

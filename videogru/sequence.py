@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 
 from videogru.shapes import BatchFrames, ClipFrames, Labels, Lengths, Positions
 
@@ -46,13 +47,16 @@ class FrameSequence:
 class SequenceBatch:
     """Clips padded at the end to the longest: frames (B T C H W), lengths (B,) valid steps, 1 <= length <= T.
 
-    indices: (B,) int64, the manifest row of each clip; labels: (B,) int64 or None where unknown.
+    indices: (B,) int64, the manifest row of each clip; labels: (B,) int64 or None where unknown. For clips mixed in
+    training, others: (B,) int64, labels of what was mixed in; shares: (B,) float32, what is left of the first label.
     """
 
     frames: BatchFrames
     lengths: Lengths
     indices: Lengths
     labels: Labels | None = None
+    others: Labels | None = None
+    shares: Float[torch.Tensor, " B"] | None = None
 
     def __post_init__(self) -> None:
         batch, steps = self.frames.shape[:2]
@@ -60,6 +64,8 @@ class SequenceBatch:
             raise ValueError(f"{batch} clips, {len(self.lengths)} lengths, {len(self.indices)} indices")
         if self.labels is not None and len(self.labels) != batch:
             raise ValueError(f"{batch} clips but {len(self.labels)} labels")
+        if (self.others is None) != (self.shares is None) or (self.others is not None and self.labels is None):
+            raise ValueError("mixed clips have labels, others and shares")
         if (
             self.lengths.device.type == "cpu"
             and batch
@@ -80,5 +86,5 @@ class SequenceBatch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        labels = None if self.labels is None else move(self.labels)
-        return SequenceBatch(move(self.frames), move(self.lengths), move(self.indices), labels)
+        labels, others, shares = (None if t is None else move(t) for t in (self.labels, self.others, self.shares))
+        return SequenceBatch(move(self.frames), move(self.lengths), move(self.indices), labels, others, shares)

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from videogru.config import AugmentConfig
+from videogru.sequence import SequenceBatch
 from videogru.shapes import BatchFrames, ClipFrames, Lengths
 
 # Separate streams, so that switching one use off leaves the others as they were.
-_SAMPLING, _PICTURE, _NOISE, _VOLUME = range(4)
+_SAMPLING, _PICTURE, _NOISE, _VOLUME, _MIX = range(5)
 _PICTURE_DRAWS = 12
 
 
@@ -31,7 +32,7 @@ def augment_batch(
     """
     if frames.dtype == torch.uint8:
         frames = frames.float() / 255
-    if config == AugmentConfig():
+    if not _changes(config):
         return frames
     draws = torch.from_numpy(
         np.stack([np.random.default_rng((seed, epoch, index, _PICTURE)).random(_PICTURE_DRAWS) for index in indices])
@@ -47,6 +48,36 @@ def augment_batch(
         frames = _erase(frames, config.erase, draws[:, 8:12], _means(frames, lengths))
     valid = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
     return frames * valid[:, :, None, None, None]
+
+
+def _changes(config: AugmentConfig) -> bool:
+    """Whether a clip alone is changed; mixing clips is another matter."""
+    return config.model_copy(update={"cutmix": 0.0}) != AugmentConfig()
+
+
+def mix_batch(batch: SequenceBatch, *, probability: float, seed: int, epoch: int) -> SequenceBatch:
+    """CutMix (Yun et al. 2019, arXiv:1905.04899, section 3.1): a box of each chosen clip comes from the clip after it.
+
+    The box lies alike in all steps; `shares` is the part of the area that stays. Only clips of equal length are mixed.
+    """
+    frames, labels = batch.frames, batch.labels
+    if not probability or labels is None or len(batch) < 2:
+        return batch
+    draws = torch.from_numpy(
+        np.stack([np.random.default_rng((seed, epoch, int(i), _MIX)).random(4) for i in batch.indices])
+    ).to(frames.device, torch.float32)
+    height, width = frames.shape[-2:]
+    chosen = (draws[:, 0] < probability) & (batch.lengths == batch.lengths.roll(-1))
+    half = draws[:, 1].sqrt() / 2  # the area is uniform: Beta(1, 1)
+    rows = (torch.arange(height, device=frames.device) + 0.5) / height
+    cols = (torch.arange(width, device=frames.device) + 0.5) / width
+    inside_rows = (rows - draws[:, 2:3]).abs() < half[:, None]
+    inside_cols = (cols - draws[:, 3:4]).abs() < half[:, None]
+    box = inside_rows[:, :, None] & inside_cols[:, None, :] & chosen[:, None, None]
+    mixed = torch.where(box[:, None, None], frames.roll(-1, 0), frames)
+    # Counted in pixels: boxes are cut at the edges.
+    shares = 1 - box.float().mean(dim=(1, 2))
+    return SequenceBatch(mixed, batch.lengths, batch.indices, labels, labels.roll(-1), shares)
 
 
 def _means(frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -106,7 +137,7 @@ def _erase(frames: torch.Tensor, probability: float, draws: torch.Tensor, mean: 
 
 def augment_volume(frames: ClipFrames, *, config: AugmentConfig, seed: int, epoch: int, index: int) -> ClipFrames:
     """A volume's slices (T C H W) float32 in 0..1, changed in three dimensions by MONAI; same shape."""
-    if config == AugmentConfig():
+    if not _changes(config):
         return frames
     pipeline = _volume_pipeline(config, tuple(frames.shape))
     pipeline.set_random_state(seed=int(np.random.SeedSequence((seed, epoch, index, _VOLUME)).generate_state(1)[0]))

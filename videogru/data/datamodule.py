@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from videogru.config import Config
-from videogru.data.augment import augment_batch
+from videogru.data.augment import augment_batch, mix_batch
 from videogru.data.batching import EpochBatches, Loaded, OrderedBatches
 from videogru.data.dataset import ClipDataset, default_workers, make_loader
 from videogru.data.layouts import Corpus
@@ -51,20 +51,24 @@ class CorpusModule(pl.LightningDataModule):
         return make_loader(self._dataset(training=False), batches, num_workers=self.num_workers)
 
     def on_after_batch_transfer(self, batch: Loaded, dataloader_idx: int) -> Loaded:
-        """Augment training batches of video and stills on the device."""
+        """Augment training batches of video and stills on the device, and mix clips of any kind."""
         trainer = self.trainer
         clips = batch.batch
-        if clips is None or self.corpus.kind == "volume" or trainer is None or not trainer.training:
+        if clips is None or trainer is None or not trainer.training:
             return batch
-        frames = augment_batch(
-            clips.frames,
-            clips.lengths,
-            config=self.config.data.augment,
-            seed=self.config.train.seed,
-            epoch=batch.epoch,
-            indices=clips.indices.tolist(),
-        )
-        return Loaded(batch.epoch, SequenceBatch(frames, clips.lengths, clips.indices, clips.labels), batch.failures)
+        augment, seed = self.config.data.augment, self.config.train.seed
+        if self.corpus.kind != "volume":
+            frames = augment_batch(
+                clips.frames,
+                clips.lengths,
+                config=augment,
+                seed=seed,
+                epoch=batch.epoch,
+                indices=clips.indices.tolist(),
+            )
+            clips = SequenceBatch(frames, clips.lengths, clips.indices, clips.labels)
+        clips = mix_batch(clips, probability=augment.cutmix, seed=seed, epoch=batch.epoch)
+        return Loaded(batch.epoch, clips, batch.failures)
 
     def transfer_batch_to_device(self, batch: Loaded, device: torch.device, dataloader_idx: int) -> Loaded:
         """Move a batch."""

@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"muon": False, "lr": 1e-3, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what `closure` returns."""
         loss = None
         if closure is not None:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jaxtyping import Float
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 from videogru.config import TrainConfig
 from videogru.data.batching import Loaded
 from videogru.models.classifier import Classifier
+from videogru.shapes import Labels, Logits
 from videogru.training.muon import Muon, muon_groups
 
 
@@ -48,9 +50,15 @@ class SequenceTask(pl.LightningModule):
             return None
         # Dropout then depends on (seed, step) alone, so that a resumed run repeats the uninterrupted one.
         torch.manual_seed((self.config.seed * 1_000_003 + self.global_step) * 4096 + self.global_rank)
-        labels = loaded.batch.labels
-        logits = self.classifier(loaded.batch.frames, loaded.batch.lengths)
-        loss = F.cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=self.config.label_smoothing)
+        batch, labels = loaded.batch, loaded.batch.labels
+        logits = self.classifier(batch.frames, batch.lengths)
+        weights, smoothing = self.class_weights, self.config.label_smoothing
+        if batch.others is None or batch.shares is None:
+            loss = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
+        else:
+            loss = mixed_cross_entropy(
+                logits, labels, batch.others, batch.shares, weight=weights, label_smoothing=smoothing
+            )
         if self.trainer.progress_bar_callback is not None:
             self.log("loss", loss.detach(), prog_bar=True, batch_size=len(labels), logger=False)
         self._train.add(loss.detach(), (logits.detach().argmax(dim=1) == labels).sum(), len(labels))
@@ -119,6 +127,26 @@ class SequenceTask(pl.LightningModule):
             return 1.0
         done = (step - warmup) / max(1, self.total_steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def mixed_cross_entropy(
+    logits: Logits,
+    labels: Labels,
+    others: Labels,
+    shares: Float[torch.Tensor, " B"],
+    *,
+    weight: torch.Tensor | None,
+    label_smoothing: float,
+) -> Float[torch.Tensor, ""]:
+    """Cross entropy with two labels a clip, `shares` (B,) of the first; with class weights a weighted mean."""
+
+    def each(targets: Labels) -> torch.Tensor:
+        return F.cross_entropy(logits, targets, weight=weight, label_smoothing=label_smoothing, reduction="none")
+
+    losses = shares * each(labels) + (1 - shares) * each(others)
+    if weight is None:
+        return losses.mean()
+    return losses.sum() / (shares * weight[labels] + (1 - shares) * weight[others]).sum()
 
 
 class _Running:
