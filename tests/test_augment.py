@@ -209,3 +209,19 @@ def test_cutmix_alone_changes_no_single_clip() -> None:
     frames = clips()
     only = AugmentConfig(cutmix=0.5)
     assert torch.equal(augment_batch(frames, full(frames), config=only, seed=0, epoch=0, indices=[0] * 6), frames)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (7, 9)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("change", [{"flip": 0.5}, {"translate": 0.9}, {"flip": 0.5, "translate": 0.125}])
+def test_copied_pixels_are_those_of_a_resampling(size, dtype, change) -> None:
+    """Mirrors and shifts are indexed; grid_sample, which turns and zooms need, gives the same."""
+    frames = torch.randint(0, 256, (32, 2, 3, *size), dtype=torch.uint8)
+    frames = frames if dtype == torch.uint8 else frames.float() / 255
+    config = AugmentConfig(**change)
+    key = {"seed": 3, "epoch": 2, "indices": list(range(32))}
+    copied = augment_batch(frames, full(frames), config=config, **key)
+    # A zoom this small moves no pixel by a tenth of its size.
+    resampled = augment_batch(frames, full(frames), config=config.model_copy(update={"scale": 1e-7}), **key)
+    torch.testing.assert_close(copied, resampled, rtol=0, atol=1e-4)
+    assert not torch.equal(copied, frames if dtype == torch.float32 else frames.float() / 255)
