@@ -27,6 +27,7 @@ from article import (
 )
 from numpy.typing import NDArray
 
+from videogru.config import parse_assignments
 from videogru.errors import ConfigError, DataError
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import atomic_text, read_csv
@@ -42,8 +43,8 @@ def measure(budget: str, work: Path, seeds: Sequence[int], command: str) -> dict
     """Everything in the table of one budget, from the runs of `seeds` that are finished.
 
     Accuracy: top-1 on the test split, per seed and as intervals of `resampled_means`; a difference is paired over the
-    seeds that both nets have. Training seconds: the median epoch times the epochs, since an epoch that was stopped
-    and resumed logs its second part only. Raises DataError where no run is finished, ConfigError where runs differ in
+    seeds that both nets have. Training seconds: the median epoch times the epochs, since a busy hour of the
+    machine would count. Raises DataError where no run is finished, ConfigError where runs differ in
     more than the net and the seed.
     """
     finished = finished_seeds(work)
@@ -51,7 +52,12 @@ def measure(budget: str, work: Path, seeds: Sequence[int], command: str) -> dict
     runs = {(net, seed): run_folder(work, net, seed) for net, found in there.items() for seed in found}
     if not runs:
         raise DataError("no finished run", where=work, hint="Train first, without --only measure.")
-    hits = {key: _hits(run) for key, run in progress(list(runs.items()), "reading predictions")}
+    hits, labels = {}, None
+    for key, run in progress(list(runs.items()), "reading predictions"):
+        hits[key], seen = _hits(run)
+        labels = seen if labels is None else labels
+        if not np.array_equal(seen, labels):
+            raise DataError("has other test rows or labels than the runs before it", where=run)
     predictors = {net: Predictor.from_file(runs[net, found[0]]) for net, found in there.items() if found}
     nets: dict[str, Any] = {}
     for net, found in there.items():
@@ -92,11 +98,12 @@ def measure(budget: str, work: Path, seeds: Sequence[int], command: str) -> dict
     }
 
 
-def _hits(run: Path) -> NDArray[np.bool_]:
+def _hits(run: Path) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which test images a run got right, (N,), and its rows and labels, (2 N)."""
     predictions = read_csv(run / "predictions-test.csv")
     if predictions.failed.any() or (np.diff(predictions.rows) <= 0).any():
         raise DataError("not the whole test split in its order", where=run / "predictions-test.csv")
-    return np.asarray(predictions.predicted == predictions.labels)
+    return np.asarray(predictions.predicted == predictions.labels), np.stack((predictions.rows, predictions.labels))
 
 
 def _training_seconds(run: Path) -> float:
@@ -106,11 +113,18 @@ def _training_seconds(run: Path) -> float:
 
 
 def _shared_settings(runs: Mapping[tuple[str, int], Path]) -> dict[str, object]:
-    """What all runs have in common; only what makes the net, the seed and the place of the data may differ."""
-    free = {"model.cell", "model.pooling", "train.seed", "data.data_dir"}
+    """What all runs have in common; only what makes the net, the seed and the place of the data may differ.
+
+    Raises ConfigError where more does, or a folder holds another net than its name says.
+    """
+    free = {"train.seed", "data.data_dir", *(key for net in NETS.values() for key in net.settings)}
     shared: dict[str, object] = {}
-    for run in runs.values():
-        fixed = {key: value for key, value in flat_settings(run_config(run)).items() if key not in free}
+    for (net, _), run in runs.items():
+        settings = flat_settings(run_config(run))
+        for key, text in parse_assignments(f"{k}={v}" for k, v in NETS[net].settings.items()).items():
+            if settings[key] != text:
+                raise ConfigError(f"{key}={settings[key]}, but a {NETS[net].title} has {text}", where=run)
+        fixed = {key: value for key, value in settings.items() if key not in free}
         for key, value in fixed.items():
             if shared.setdefault(key, value) != value:
                 raise ConfigError(f"{key}={value}, but {shared[key]} in another run; they do not compare", where=run)

@@ -80,9 +80,9 @@ class Stopper:
         # In a session of its own it gets no Ctrl-C besides ours, which it would take for the second one.
         # It holds the lock too: a training that outlives this tool is not joined by another in its folder.
         child = subprocess.Popen(command, start_new_session=True, pass_fds=(lock,))
-        asked, self.child = self.asked, child
+        self.child = child
         try:
-            if asked:
+            if self.asked:  # before there was a child to hand it to
                 child.terminate()
             if self.deadline < math.inf:
                 try:
