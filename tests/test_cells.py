@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from videogru.models import cells
-from videogru.models.cells import EMBEDDING_SIZE, HyperGRU, MinGRU, linear_recurrence
+from videogru.models.cells import EMBEDDING_SIZE, HyperGRU, MinGRU, _by_doubling, linear_recurrence
 
 
 def hyper(*, at_random: bool) -> HyperGRU:
@@ -173,3 +173,13 @@ def test_the_scan_stays_exact_over_thousands_of_steps(scan):
         loop.append(state)
     states = linear_recurrence(keep, add, torch.zeros(1, 2, dtype=torch.float64))
     torch.testing.assert_close(states, torch.stack(loop, dim=1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 16, 33])
+def test_the_scan_of_exported_graphs_is_the_same_recurrence(total):
+    generator = torch.Generator().manual_seed(0)
+    decay, added = (torch.rand(2, total, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    start = torch.rand(2, 3, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(
+        _by_doubling(decay, added, start), linear_recurrence(decay, added, start), rtol=0, atol=1e-13
+    )

@@ -175,11 +175,12 @@ def test_frames_of_another_size_are_refused():
 
 # torch warns so about every nn.GRU it exports.
 @pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")
-def test_a_model_exports_with_a_free_batch_size():
-    model = make(encoder="conv2", pooling="attention").eval()
+@pytest.mark.parametrize("cell", ["gru", "lstm", "hypergru", "mingru", "none"])
+def test_a_model_exports_with_a_free_batch_size(cell):
+    model = make(encoder="conv2", pooling="attention", cell=cell, hidden_size=200).eval()
     batch = torch.export.Dim.DYNAMIC
     shapes = {"frames": {0: batch}, "lengths": {0: batch}}
     exported = torch.export.export(model, (make_frames(), LENGTHS), dynamic_shapes=shapes, strict=False).module()
-    for size in (2, 5):
+    for size in (2, 5, 40):
         frames, lengths = torch.rand(size, 4, 1, 16, 16), torch.randint(1, 5, (size,))
         torch.testing.assert_close(exported(frames, lengths), model(frames, lengths), rtol=0, atol=1e-5)

@@ -119,7 +119,15 @@ class StopAt:
 
 # 40 training rows in batches of 8: five steps an epoch.
 @pytest.mark.parametrize("step", [1, 3, 5, 7, 10])
-@pytest.mark.parametrize("changes", [{}, {"train__ema_decay": 0.9}, {"train__keep": "last"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train__ema_decay": 0.9},
+        {"train__keep": "last"},
+        {"train__optimizer": "muon", "model__encoder": "conv2", "data__augment__cutmix": 0.5},
+    ],
+)
 def test_an_interrupted_run_ends_with_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, changes: dict
 ) -> None:
@@ -133,7 +141,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert same(whole, resumed)
     with (tmp_path / "whole" / "metrics.csv").open() as one, (tmp_path / "cut" / "metrics.csv").open() as other:
         ours, theirs = list(csv.DictReader(one)), list(csv.DictReader(other))
-    assert [row["val_loss"] for row in ours] == [row["val_loss"] for row in theirs]
+    for name in ("val_loss", "train_loss", "train_accuracy", "lr"):
+        assert [row[name] for row in ours] == [row[name] for row in theirs], name
 
 
 @pytest.mark.parametrize("changes", [{}, {"train__ema_decay": 0.9}, {"train__keep": "last"}])

@@ -101,7 +101,8 @@ def train(
         str | None, typer.Option(help="How feature maps become steps: frames (slices), rows, cols, grid.")
     ] = None,
     encoder: Annotated[
-        str | None, typer.Option(help="small, resnet18/34/50, mobilenet_v3_small/large, conv2, pixels.")
+        str | None,
+        typer.Option(help="small, airbench, resnet18/34/50, mobilenet_v3_small/large, conv2, pixels, sweeps."),
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="Settings file, or the name of a recipe that ships (configs/NAME.yaml).")

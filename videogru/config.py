@@ -31,7 +31,7 @@ class AugmentConfig(Settings):
     """Random changes of a training clip, the same for all its steps, drawn from (seed, epoch, index).
 
     Ranges are symmetric around "no change"; 0 switches a change off. Video and stills are augmented as a batch on the
-    device; volumes in three dimensions by MONAI in the workers.
+    device; volumes in three dimensions by MONAI in the workers. cutmix also depends on the other clips of the batch.
     """
 
     flip: Fraction = Field(0.0, description="probability of a mirror along the width (volumes: along each axis)")

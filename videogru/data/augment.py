@@ -1,4 +1,7 @@
-"""Random changes of training clips, pure functions of (seed, epoch, index): no worker count or order can alter them."""
+"""Random changes of training clips, pure functions of (seed, epoch, index): no worker count or order can alter them.
+
+Mixing two clips (`mix_batch`) also depends on which clips share the batch.
+"""
 
 import math
 from functools import lru_cache
@@ -65,7 +68,7 @@ def mix_batch(batch: SequenceBatch, *, probability: float, seed: int, epoch: int
     if not probability or labels is None or len(batch) < 2:
         return batch
     draws = torch.from_numpy(
-        np.stack([np.random.default_rng((seed, epoch, int(i), _MIX)).random(4) for i in batch.indices])
+        np.stack([np.random.default_rng((seed, epoch, i, _MIX)).random(4) for i in batch.indices.tolist()])
     ).to(frames.device, torch.float32)
     height, width = frames.shape[-2:]
     chosen = (draws[:, 0] < probability) & (batch.lengths == batch.lengths.roll(-1))
@@ -98,7 +101,7 @@ def _unit_range(frames: torch.Tensor) -> torch.Tensor:
 
 
 def _whole_pixels(frames: torch.Tensor, config: AugmentConfig, draws: torch.Tensor) -> torch.Tensor:
-    """How far each clip is shifted down and to the right, (B 2)."""
+    """Where the first pixel of each clip comes from, rows down and columns to the right of itself, (B 2)."""
     size = torch.tensor(frames.shape[-2:], device=frames.device, dtype=torch.float32)
     return torch.round((2 * draws[:, 3:5] - 1) * config.translate * size)
 

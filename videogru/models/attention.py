@@ -90,8 +90,8 @@ class LocalAttention(nn.Module):
 class MultiheadPooling(nn.Module):
     """States (B S F) and lengths (B,) to one vector per clip (B F): attention with one learned query per head.
 
-    Set Transformer's pooling (Lee et al. 2019, arXiv:1810.00825, section 3.2, PMA with k = 1) without its feed-forward
-    layers: multi-head attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2) of a learned seed to the states.
+    Set Transformer's pooling (Lee et al. 2019, arXiv:1810.00825, section 3.2, PMA with k = 1), its attention
+    alone: multi-head attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2) of a learned seed to the states.
     The seed and its linear map are one product, learned here as such: `queries`. A head has F / heads features, rounded
     up.
     """

@@ -122,6 +122,8 @@ def linear_recurrence(
     decay: Float[Tensor, "B S H"], added: Float[Tensor, "B S H"], start: Float[Tensor, "B H"]
 ) -> Float[Tensor, "B S H"]:
     """h_t = decay_t * h_(t-1) + added_t for t = 1..S, h_0 = start. Keeps decay and h for the gradient, no more."""
+    if torch.compiler.is_exporting():
+        return _by_doubling(decay, added, start)
     states: Tensor = _LinearRecurrence.apply(decay, added, start)
     return states
 
@@ -175,6 +177,22 @@ def _scan(
             state = torch.addcmul(ends[:, index], whole[:, index], state)
         states.addcmul_(products, carried.unsqueeze(2))
     return states.flatten(1, 2)[:, :S]
+
+
+def _by_doubling(
+    decay: Float[Tensor, "B S H"], added: Float[Tensor, "B S H"], start: Float[Tensor, "B H"]
+) -> Float[Tensor, "B S H"]:
+    """The same in log2 S passes without a write in place or a branch on the batch size, which an exported graph needs.
+
+    After a pass a state holds twice as many of the steps before it (Hillis and Steele 1986).
+    """
+    states = torch.cat((added[:, :1] + decay[:, :1] * start.unsqueeze(1), added[:, 1:]), dim=1)
+    reach = 1
+    while reach < states.shape[1]:
+        states = torch.cat((states[:, :reach], states[:, reach:] + decay[:, reach:] * states[:, :-reach]), dim=1)
+        decay = torch.cat((decay[:, :reach], decay[:, reach:] * decay[:, :-reach]), dim=1)
+        reach *= 2
+    return states
 
 
 def _run(

@@ -1,7 +1,7 @@
 """The part that reads the steps in order: recurrent layers over padded clips, exact without packing.
 
 A bidirectional layer is two unidirectional ones; the second reads each clip's valid steps reversed by a gather. That
-equals `pack_padded_sequence` (a test compares them), and unlike packing it exports to ONNX and compiles.
+equals `pack_padded_sequence` (a test compares them), and unlike packing it exports with a free batch size and compiles.
 """
 
 import torch

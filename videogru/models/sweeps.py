@@ -4,6 +4,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, autocast, nn
 
+from videogru.models.cells import init_gates
+
 
 class Sweep(nn.Module):
     """Maps (N C H W) -> (N D h w), D = 2 * hidden_size, h = H / patch: every cell has seen the whole map.
@@ -40,12 +42,6 @@ class Sweep(nn.Module):
 
 
 def _gru(input_size: int, hidden_size: int) -> nn.GRU:
-    """Each gate's blocks Xavier-uniform, biases zero, as in the recurrent part."""
     layer = nn.GRU(input_size, hidden_size, batch_first=True, bidirectional=True)
-    for name, parameter in layer.named_parameters():
-        if name.startswith("weight"):
-            for gate in parameter.detach().chunk(3):
-                nn.init.xavier_uniform_(gate)
-        else:
-            nn.init.zeros_(parameter)
+    init_gates(layer, 3)
     return layer

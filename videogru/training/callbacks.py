@@ -86,7 +86,7 @@ class Scores(Callback):
             "step": float(trainer.global_step),
             **pl_module.training_scores(),
             **self._val,
-            "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+            "lr": float(trainer.optimizers[0].param_groups[-1]["lr"]),  # Muon's groups stand first
             "seconds": seconds,
         }
         if "train_loss" not in row:

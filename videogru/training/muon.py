@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 _POLYNOMIAL = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: steep at zero, singular values end in 0.7..1.2
@@ -88,19 +88,3 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
     return (x.T if tall else x).to(matrix.dtype)
-
-
-def muon_groups(model: nn.Module, *, muon_lr: float, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: the kernels of all convolutions but the first to Muon, the rest to AdamW.
-
-    The first reads pixels, not features. Biases and norms do not decay.
-    """
-    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad][1:]
-    mine = {id(kernel) for kernel in kernels}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
-    groups = [
-        {"params": kernels, "muon": True, "lr": muon_lr, "weight_decay": weight_decay},
-        {"params": [p for p in others if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

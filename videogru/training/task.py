@@ -14,7 +14,8 @@ from videogru.config import TrainConfig
 from videogru.data.batching import Loaded
 from videogru.models.classifier import Classifier
 from videogru.shapes import Labels, Logits
-from videogru.training.muon import Muon, muon_groups
+from videogru.training.groups import decay_groups, muon_groups
+from videogru.training.muon import Muon
 
 
 class SequenceTask(pl.LightningModule):
@@ -72,6 +73,14 @@ class SequenceTask(pl.LightningModule):
         self._val_probabilities.append(logits.float().softmax(dim=1))
         self._val_labels.append(loaded.batch.labels)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was summed over the epoch in progress."""
+        checkpoint["running"] = self._train.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from it."""
+        self._train = _Running(*checkpoint.get("running", ()))
+
     def training_scores(self) -> dict[str, float]:
         """Loss and accuracy over the epoch so far; clears them."""
         scores = self._train.scores()
@@ -109,10 +118,7 @@ class SequenceTask(pl.LightningModule):
         elif config.optimizer == "adam":
             optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
         else:
-            groups = [
-                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ]
+            groups = decay_groups(self.classifier, lr=config.lr, weight_decay=config.weight_decay)
             optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999))
         # A plain function: of a method, LambdaLR would save the attributes into the checkpoint.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step))
@@ -152,10 +158,13 @@ def mixed_cross_entropy(
 class _Running:
     """Sums on the device; reading them would wait for the GPU, so that happens once an epoch."""
 
-    def __init__(self) -> None:
-        self.loss: torch.Tensor | float = 0.0
-        self.hits: torch.Tensor | int = 0
-        self.clips = 0
+    def __init__(self, loss: float = 0.0, hits: int = 0, clips: int = 0) -> None:
+        self.loss: torch.Tensor | float = loss
+        self.hits: torch.Tensor | int = hits
+        self.clips = clips
+
+    def state(self) -> tuple[float, int, int]:
+        return float(self.loss), int(self.hits), self.clips
 
     def add(self, loss: torch.Tensor, hits: torch.Tensor, clips: int) -> None:
         self.loss, self.hits, self.clips = self.loss + loss * clips, self.hits + hits, self.clips + clips
