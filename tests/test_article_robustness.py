@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,9 +136,43 @@ def test_the_numbers_by_hand() -> None:
         assert better["verdict"] == "the claim holds" and better["low"] > 0
         assert "the opposite" in worse["verdict"] and worse["high"] < 0
         assert "the claim holds." in robustness.sentence(better)
+    assert sum(found["verdicts"].values()) == 16
+    for said, count in found["verdicts"].items():
+        assert count == sum(claim["verdict"] == said for claim in found["claims"])
     # Made the same, relative to the clean accuracy.
     relative = claims["blur: relative accuracy", "resnet"]
     assert relative["verdict"] == "undecided" and relative["low"] < 0 < relative["high"]
+
+
+def by_hand(values: list[float], drawn: np.ndarray) -> tuple[float, float]:
+    """The union of the percentiles and of t with two degrees of freedom, around the mean of three seeds."""
+    half = 4.3027 * np.std(values, ddof=1) / math.sqrt(3)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return min(low, np.mean(values) - half), max(high, np.mean(values) + half)
+
+
+def test_intervals_of_averages_and_differences_by_hand() -> None:
+    hits = made_up({"resnet": 0.5, "gru-cnn": 0.6})
+    found = robustness.compare(hits)
+    names = [f"{net} blur {sd}" for net in ("gru-cnn", "resnet") for sd in robustness.SEVERITIES["blur"]]
+    _, drawn = article.resampled_means(np.stack([hits[name] for name in names]))
+    ours, theirs = drawn[:5].mean(axis=0), drawn[5:].mean(axis=0)
+    seeds = [[np.mean([hits[name][s].mean() for name in some]) for s in range(3)] for some in (names[:5], names[5:])]
+    claim = next(one for one in found["claims"] if one["measure"] == "blur: accuracy")
+    differences = [a - b for a, b in zip(*seeds, strict=True)]
+    assert (claim["low"], claim["high"]) == pytest.approx(by_hand(differences, ours - theirs))
+    number = found["measures"]["blur: accuracy"]["resnet"]
+    assert (number["low"], number["high"]) == pytest.approx(by_hand(seeds[1], theirs))
+
+
+def test_one_seed_says_that_it_has_no_interval_over_seeds() -> None:
+    hits = {name: one[:1] for name, one in made_up({"resnet": 0.5, "gru-cnn": 0.6}).items()}
+    found = robustness.compare(hits)
+    assert {one["over"] for one in found["claims"]} == {"images alone"}
+    assert "images alone)" in robustness.sentence(found["claims"][0])
+    _, drawn = article.resampled_means(np.stack([hits["resnet clean"]]))
+    clean = found["conditions"]["resnet"]["clean"]
+    assert (clean["low"], clean["high"]) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
 
 
 def test_a_net_that_is_not_there_is_left_out() -> None:
@@ -151,10 +186,13 @@ def test_a_net_that_knows_nothing() -> None:
     hits["resnet clean"][:] = False
     with pytest.raises(DataError, match="no clean image right"):
         robustness.compare(hits)
-    # One right answer: many resamples have none, which leaves their ratio undefined.
-    hits["resnet clean"][0, 0] = True
+    hits["resnet clean"][:2, 0] = True
+    with pytest.raises(DataError, match="no clean image right"):
+        robustness.compare(hits)
+    # One right image: many resamples have none, which leaves their ratio undefined.
+    hits["resnet clean"][2, 0] = True
     relative = robustness.compare(hits)["measures"]["noise: relative accuracy"]["resnet"]
-    assert 0 < relative["low"] < relative["value"] < math.inf
+    assert -math.inf < relative["low"] < relative["value"] < relative["high"] < math.inf
 
 
 # Models
@@ -175,12 +213,14 @@ def called(place: Path) -> list[str]:
     return ["--work", str(place / "work"), "--data-dir", str(place / "data"), "--out", str(place / "out")]
 
 
-def test_from_models_to_pages(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_models_to_pages(place: Path) -> None:
     assert robustness.main(called(place)) == 0
     table = json.loads((place / "out/robustness.json").read_text())
     assert table["seeds"] == [0, 1] and table["images"] == 100
     text = (place / "out/robustness.md").read_text()
     assert text.count("that GRU-CNN is better:") == 16
+    counts = ", ".join(f"{said}: {text.count(f'is better: {said}.')}" for said in table["verdicts"])
+    assert f"16 comparisons; {counts}. Each interval" in text
     assert "DIR" in text and str(place / "data") not in text
     assert (place / "out/robustness.png").read_bytes().startswith(b"\x89PNG")
 
@@ -210,23 +250,55 @@ def test_from_models_to_pages(place: Path, capsys: pytest.CaptureFixture[str], m
         assert hits["superclass"][row] == (clean[row].argmax() in family)
         assert hits["within superclass"][row] == (max(family, key=lambda k: clean[row, k]) == label)
 
-    # A second call asks no model anything; a newer model, or a condition that is missing, is asked.
+
+def test_answers_are_kept_for_the_same_weights_and_damage(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert robustness.main(called(place)) == 0
     asked = []
     real = robustness.Predictor.from_file
     monkeypatch.setattr(robustness.Predictor, "from_file", lambda path: asked.append(path.parent.name) or real(path))
-    assert robustness.main(called(place)) == 0
-    assert asked == []
-    cache = place / "work/resnet-seed0/robustness.npz"
-    with np.load(cache) as arrays:
-        kept = dict(arrays)
-    np.savez(cache, names=kept["names"][:-1], hits=kept["hits"][:-1])
+
+    def asks() -> list[str]:
+        asked.clear()
+        assert robustness.main(called(place)) == 0
+        return asked
+
+    assert asks() == []
+    # Neither a newer model nor an older one is another; other weights are, though they look older than the answers.
     model = place / "work/gru-cnn-seed1/model.safetensors"
-    later = (place / "work/gru-cnn-seed1/robustness.npz").stat().st_mtime_ns + 1
-    os.utime(model, ns=(later, later))
-    assert robustness.main(called(place)) == 0
-    assert asked == ["resnet-seed0", "gru-cnn-seed1"]
-    with np.load(cache) as arrays:
-        assert np.array_equal(arrays["hits"], kept["hits"])
+    os.utime(model, ns=(2**62, 2**62))
+    assert asks() == []
+    weights = model.read_bytes()
+    shutil.copyfile(place / "work/gru-cnn-seed0/model.safetensors", model)
+    os.utime(model, ns=(1, 1))
+    assert asks() == ["gru-cnn-seed1"]
+    with np.load(model.with_name("robustness.npz")) as one, np.load(place / "work/gru-cnn-seed0/robustness.npz") as two:
+        assert np.array_equal(one["hits"], two["hits"]) and str(one["key"]) == str(two["key"])
+    model.write_bytes(weights)
+    assert asks() == ["gru-cnn-seed1"]
+    # A condition that is missing is asked, and so is a cache of an earlier form.
+    for cut in (slice(-1), slice(None)):
+        cache = place / "work/resnet-seed0/robustness.npz"
+        with np.load(cache) as arrays:
+            kept = dict(arrays)
+        key = {"key": kept["key"]} if cut.stop else {}
+        np.savez(cache, names=kept["names"][cut], hits=kept["hits"][cut], **key)
+        assert asks() == ["resnet-seed0"]
+        with np.load(cache) as arrays:
+            assert np.array_equal(arrays["hits"], kept["hits"])
+    monkeypatch.setattr(robustness, "DAMAGE_VERSION", robustness.DAMAGE_VERSION + 1)
+    assert len(asks()) == 6
+    assert asks() == []
+    model = place / "work/gru-cnn-seed1/model.safetensors"
+    assert robustness.cache_key(model, FILL) != robustness.cache_key(model, FILL + 1)
+
+
+def test_a_folder_must_hold_the_net_of_its_name(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for net, held in (("resnet", "resnet"), ("gru-cnn", "lstm-cnn")):
+        (tmp_path / f"{net}-seed0").symlink_to(place / f"work/{held}-seed0")
+    assert robustness.main(["--work", str(tmp_path), "--data-dir", str(place / "data")]) == 2
+    assert "model.cell=lstm, but a GRU-CNN has gru" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

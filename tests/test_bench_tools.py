@@ -14,16 +14,16 @@ from torch.utils.data import TensorDataset
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 
+import bench_infer
 import bench_length
 import bench_training
-from bench_length import Case, Group, Result, Row
-from bench_training import Clock, Counts, TorchvisionModule
+from bench_length import Case, Result
+from training_loops import Clock, Counts, TorchvisionModule
 
 from videogru.config import Config
 from videogru.data.datamodule import CorpusModule
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
-from videogru.errors import DataError
 from videogru.models.classifier import Classifier
 from videogru.training.fit import build_classifier
 
@@ -80,26 +80,6 @@ def test_the_clock_leaves_out_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert clock.done
     assert clock.rate == pytest.approx(20 / 20)
     assert clock.data_share == pytest.approx(6 / 20)
-
-
-def test_ratios_are_taken_within_a_round() -> None:
-    rows = [Row("one", rates=[100.0, 10.0, 50.0]), Row("two", rates=[150.0, 30.0, 50.0], shares=[0.1, 0.3, 0.2])]
-    group = Group("Speed", rows)
-    assert group.ratios(rows[1]) == [1.5, 3.0, 1.0]
-    assert group.markdown()[-2] == "| two | 50 (30–150) | 1.50 (1.00–3.00) | 20% (10%–30%) |"
-    assert group.figures()["rows"][1]["ratios"] == [1.5, 3.0, 1.0]
-
-
-def test_contenders_alternate() -> None:
-    order: list[str] = []
-
-    def turn(row: Row) -> None:
-        order.append(row.name)
-        row.rates.append(float(len(order)))
-
-    group = bench_training.alternate("Order", [(Row("a"), turn), (Row("b"), turn)], rounds=3)
-    assert order == ["a", "b"] * 3
-    assert [row.rates for row in group.rows] == [[1, 3, 5], [2, 4, 6]]
 
 
 def test_the_recipe_is_read(repository: Path) -> None:
@@ -257,17 +237,21 @@ def test_bench_training_writes_both_files(
     ],
 )
 def test_mistakes_get_one_line(
-    main: Callable[[list[str]], None], arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    main: Callable[[list[str]], int], arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
 
 
-def test_an_empty_data_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder cifar-100-python"):
-        bench_training.main(["--what", "loading", "--data-dir", str(tmp_path), "--out", str(tmp_path)])
+def test_an_empty_data_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--what", "loading", "--data-dir", str(tmp_path), "--out", str(tmp_path)]
+    assert bench_training.main(words) == 2
+    err = capsys.readouterr().err
+    assert "no folder cifar-100-python" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # Lengths ------------------------------------------------------------------------------------------------------------
@@ -312,16 +296,19 @@ def test_tables_set_checkpointing_beside_none() -> None:
     results = [
         Result(Case("pixels", "gru", "grid", 16, 1, 32, False), [1.0, 3.0, 2.0], [100.0]),
         Result(Case("pixels", "gru", "grid", 16, 1, 32, True), [4.0], [10.0, 30.0, 20.0]),
-        Result(Case("pixels", "lstm", "grid", 64, 1, 32, False), [], []),
+        Result(Case("pixels", "lstm", "grid", 64, 1, 32, False), [], [], killed=2),
+        Result(Case("pixels", "lstm", "grid", 64, 1, 32, True), [9.0, 9.0], [5.0], killed=1),
         Result(Case("small", "gru", "frames", 112, 32, 2, True), [0.5], [7.0]),
     ]
-    lines = bench_length.report(results, {"machine": "abacus", "command": "python x"}, 128, "fit").splitlines()
+    settings = {"checkpoint_steps": 128, "malloc": "fit", "rounds": 3, "rounds_done": 2}
+    lines = bench_length.report(results, {"cpu": "abacus", "gpu": None, "command": "python x"}, settings).splitlines()
+    assert "- cpu: abacus" in lines and "- gpu: none" in lines and "Rounds: 2 of 3." in lines[-1]
     assert "- command: `python x`" in lines
     assert "| gru | 256 | 2 (1–3) | 4 (4–4) | 100 (100–100) | 20 (10–30) |" in lines
-    assert "| lstm | 4096 | – |  | – |  |" in lines
+    assert "| lstm | 4096 | killed 2 of 2 | 9 (9–9), killed 1 of 2 | killed 2 of 2 | 5 (5–5), killed 1 of 2 |" in lines
     assert "| small | 32 |  | 0.5 (0.5–0.5) |  | 7 (7–7) |" in lines
     assert results[1].summary["medians"] == {"s": 4, "MiB": 20}
-    assert results[2].summary["medians"] == {"s": None, "MiB": None}
+    assert results[2].summary["medians"] == {"s": None, "MiB": None} and results[2].summary["killed"] == 2
 
 
 def test_a_process_that_was_killed_leaves_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,3 +337,63 @@ def test_bench_length_writes_its_three_files(tmp_path: Path, capsys: pytest.Capt
     assert len(result["seconds"]) == 2 and min(result["seconds"]) > 0 and result["mib"][0] > 0
     assert (tmp_path / "length.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "length.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Processes:
+    """Stands in for `run_case`: figures of one process each, but for those that are killed or interrupted."""
+
+    def __init__(self, killed: tuple[int, ...] = (), interrupted: int = 0) -> None:
+        self.killed, self.interrupted, self.calls = killed, interrupted, 0
+
+    def __call__(self, case: Case, **how: object) -> tuple[list[float], list[float]]:
+        self.calls += 1
+        if self.calls == self.interrupted:
+            raise KeyboardInterrupt
+        return ([], []) if self.calls in self.killed else ([1.0 * self.calls, 2.0 * self.calls], [10.0 * self.calls])
+
+
+TWO_CASES = ["--what=lengths", "--lengths=16", "--cells=gru,lstm", "--checkpointing=off", "--rounds=3"]
+
+
+def test_killed_processes_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_length, "run_case", Processes(killed=(2, 3, 4, 6)))
+    assert bench_length.main([*TWO_CASES, "--out", str(tmp_path)]) == 0
+    gru, lstm = json.loads((tmp_path / "length.json").read_text())["results"]
+    assert (gru["seconds"], gru["mib"], gru["killed"]) == ([1, 2, 5, 10], [10, 50], 1)
+    assert (lstm["seconds"], lstm["mib"], lstm["killed"]) == ([], [], 3)
+    text = (tmp_path / "length.md").read_text()
+    assert "3.5 (1–10), killed 1 of 3" in text and "| lstm | 16 | killed 3 of 3 |" in text
+
+
+@pytest.mark.parametrize(("interrupted", "whole"), [(1, 0), (2, 0), (4, 1), (5, 2)])
+def test_whole_rounds_outlive_an_interrupt(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    interrupted: int,
+    whole: int,
+) -> None:
+    monkeypatch.setattr(bench_length, "run_case", Processes(interrupted=interrupted))
+    assert bench_length.main([*TWO_CASES, "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("bench_length.py: stopped; ")
+    if not whole:
+        assert not (tmp_path / "out").exists()
+        return
+    figures = json.loads((tmp_path / "out/length.json").read_text())
+    assert [len(result["mib"]) for result in figures["results"]] == [whole, whole]
+    assert (figures["settings"]["rounds"], figures["settings"]["rounds_done"]) == (3, whole)
+    assert f"Rounds: {whole} of 3." in (tmp_path / "out/length.md").read_text()
+    assert (tmp_path / "out/length.png").is_file()
+
+
+def test_bench_infer_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([(99.0, 999.0), (3.0, 70.0), (1.0, 90.0)])
+    monkeypatch.setattr(bench_infer, "run_once", lambda command: next(measured))
+    scan = tmp_path / "scan.nii.gz"
+    scan.write_bytes(bytes(2**20))
+    out = tmp_path / "figures.json"
+    assert bench_infer.main(["--model=m", "--scan", str(scan), "--runs=2", "--json", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["wall_seconds"] == {"median": 2, "min": 1, "max": 3}
+    assert (figures["peak_resident_mib"], figures["file_mib"], figures["runs"]) == (90, 1, 2)
+    assert str(tmp_path) not in figures["machine"]["command"]

@@ -2,7 +2,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import signal
 import sys
 import threading
@@ -16,7 +15,6 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 
 import article
-import article_table
 import reproduce_article
 
 from videogru import runs
@@ -38,12 +36,15 @@ train: {optimizer: adam, lr: 0.02, batch_size: 40, keep: last, precision: fp32}
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tool with a tiny recipe and budget; the folder that holds a tiny CIFAR-100 of 200 and 100 images."""
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    monkeypatch.setattr(reproduce_article, "RECIPE", str(tmp_path / "recipe.yaml"))
-    monkeypatch.setattr(reproduce_article, "BUDGETS", {"cpu": TINY, "gpu": {}})
-    sums = write_tiny_cifar(tmp_path / "data")
-    accept(monkeypatch.setattr, sums)
+    prepare(tmp_path, monkeypatch)
     return tmp_path
+
+
+def prepare(place: Path, patch: pytest.MonkeyPatch) -> None:
+    (place / "recipe.yaml").write_text(RECIPE)
+    patch.setattr(reproduce_article, "RECIPE", str(place / "recipe.yaml"))
+    patch.setattr(reproduce_article, "BUDGETS", {"cpu": TINY, "gpu": {}})
+    accept(patch.setattr, write_tiny_cifar(place / "data"))
 
 
 def write_tiny_cifar(place: Path) -> dict[str, str]:
@@ -71,6 +72,15 @@ def accept(setter: Callable[..., None], sums: dict[str, str]) -> None:
     for key in ("train", "test"):
         setter(CIFAR100, f"{key}_list", [[key, sums[key]]])
     setter(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+
+
+def train_tiny(tool: Path, names: list[str]) -> None:
+    for name in names:
+        net, _, seed = name.partition("-seed")
+        pairs = [f"{key}={value}" for key, value in {**TINY, "train.epochs": 1, **article.NETS[net].settings}.items()]
+        flags = {"data.data_dir": str(tool / "data"), "train.seed": int(seed)}
+        config = runs.settings_for_training(str(tool / "recipe.yaml"), flags, parse_assignments(pairs))
+        runs.train(config, out=tool / "work" / name, progress=False, say=lambda text: None)
 
 
 # The real command, but that it accepts the tiny pickles, and waits in its second step of all until it is told to stop.
@@ -259,10 +269,11 @@ def test_the_command_asks_for_the_settings_that_are_checked(tool: Path, tmp_path
     config = reproduce_article.wanted_config("cpu", "resnet", 3, tool / "data")
     assigned = [value for flag, value in zip(command[4::2], command[5::2], strict=True) if flag == "--set"]
     flat = article.flat_settings(config)
-    assert {key: str(flat[key]) for key in (pair.partition("=")[0] for pair in assigned)} == dict(
+    assert {key: str(flat[key]).lower() for key in (pair.partition("=")[0] for pair in assigned)} == dict(
         pair.split("=") for pair in assigned
     )
-    assert (config.model.cell, config.model.pooling, config.train.seed) == ("none", "mean", 3)
+    model = config.model
+    assert (model.cell, model.pooling, model.layer_norm, config.train.seed) == ("none", "mean", False, 3)
 
 
 @pytest.mark.parametrize(
@@ -286,108 +297,6 @@ def test_bad_usage_is_one_line(words: list[str], said: str, capsys: pytest.Captu
     assert said in err and err.count("\n") == 1
 
 
-# Measuring
-
-
-@pytest.fixture
-def trained(tool: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three nets with seeds 2 and 4, trained for an epoch; seed 2 of the LSTM-CNN is not there."""
-    monkeypatch.setattr(article_table, "ROUNDS", 2)
-    monkeypatch.setattr(article_table, "TURN_SECONDS", 1e-4)
-    train_tiny(tool, [name for name in ORDER if name != "lstm-cnn-seed2"])
-    return tool
-
-
-def train_tiny(tool: Path, names: list[str]) -> None:
-    for name in names:
-        net, _, seed = name.partition("-seed")
-        pairs = [f"{key}={value}" for key, value in {**TINY, "train.epochs": 1, **article.NETS[net].settings}.items()]
-        flags = {"data.data_dir": str(tool / "data"), "train.seed": int(seed)}
-        config = runs.settings_for_training(str(tool / "recipe.yaml"), flags, parse_assignments(pairs))
-        runs.train(config, out=tool / "work" / name, progress=False, say=lambda text: None)
-
-
-def test_the_table(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = trained / "out"
-    assert reproduce_article.main([*called(trained), "--only", "measure", "--out", str(out)]) == 0
-    table = json.loads((out / "table-cpu.json").read_text())
-    for net, seeds in (("resnet", [4, 2]), ("lstm-cnn", [4]), ("gru-cnn", [4, 2])):
-        found = table["nets"][net]
-        assert (found["seeds"], found["not_run"]) == (seeds, [seed for seed in (4, 2) if seed not in seeds])
-        saved = [json.loads((trained / f"work/{net}-seed{s}/evaluation-test.json").read_text()) for s in seeds]
-        assert found["accuracy"]["per_seed"] == pytest.approx([one["metrics"]["top1"]["value"] for one in saved])
-        assert found["accuracy"]["value"] == pytest.approx(np.mean(found["accuracy"]["per_seed"]))
-    one, other = table["nets"]["gru-cnn"]["accuracy"]["per_seed"], table["nets"]["resnet"]["accuracy"]["per_seed"]
-    assert table["differences"]["resnet"]["value"] == pytest.approx(np.mean(one) - np.mean(other))
-    assert table["nets"]["resnet"]["accuracy"]["sd"] == pytest.approx(np.std(other, ddof=1))
-    assert table["differences"]["lstm-cnn"]["seeds"] == [4]
-    assert table["nets"]["lstm-cnn"]["accuracy"]["sd"] is None
-    assert table["nets"]["resnet"]["macs"]["recurrent"] == 0
-    # Two layers of two directions, 16 steps of 16 features.
-    assert table["nets"]["gru-cnn"]["macs"]["recurrent"] == 16 * 3 * 4 * 2 * ((16 + 4) + (8 + 4))
-    assert set(table["latency"]["128"]["ratio"]) == {"lstm-cnn / resnet", "gru-cnn / resnet", "gru-cnn / lstm-cnn"}
-    text = (out / "table-cpu.md").read_text()
-    assert text.count("not run (GPU)") == 3
-    assert "2: not run" in text and "| 78.1 |" in text
-    assert (out / "accuracy-cpu.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(out.glob(".*"))
-    # The other budget's table, once it is there, is shown beside.
-    (out / "table-gpu.json").write_text((out / "table-cpu.json").read_text())
-    assert reproduce_article.main([*called(trained), "--only", "measure", "--out", str(out)]) == 0
-    assert "not run (GPU)" not in (out / "table-cpu.md").read_text()
-
-
-def test_runs_that_do_not_compare(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = trained / "work/resnet-seed2/config.yaml"
-    config.write_text(re.sub("lr: .*", "lr: 0.5", config.read_text()))
-    assert reproduce_article.main([*called(trained), "--only", "measure", "--out", str(trained / "out")]) == 2
-    assert "train.lr=0.5, but" in capsys.readouterr().err
-
-
 def test_nothing_to_measure(tool: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce_article.main([*called(tool), "--only", "measure"]) == 2
     assert "no finished run" in capsys.readouterr().err
-
-
-# Statistics
-
-
-def test_resampled_means_by_a_loop() -> None:
-    values = np.random.default_rng(3).random((2, 3, 7))
-    means, drawn = article.resampled_means(values, resamples=5, seed=11)
-    np.testing.assert_allclose(means, [values[0].mean(), values[1].mean()])
-    images = np.random.default_rng(11).integers(7, size=(5, 7))
-    seeds = np.random.default_rng((11, 1)).integers(3, size=(5, 2))
-    for g in range(2):
-        for r in range(5):
-            expected = np.mean([values[g, s, n] for s in seeds[r] for n in images[r]])
-            assert drawn[g, r] == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("S", [1, 3, 5])
-def test_resampled_means_have_the_analytic_spread(S: int) -> None:
-    rng = np.random.default_rng(0)
-    # Seeds and images that add up, so that the two parts of the variance are known.
-    seeds, images = rng.normal(size=S), rng.normal(0, 20, size=400)
-    means, drawn = article.resampled_means((seeds[:, None] + images)[None], resamples=8000)
-    variance = (seeds.var(ddof=1) / S if S > 1 else 0.0) + images.var() / 400
-    assert drawn.std() == pytest.approx(np.sqrt(variance), rel=0.03)
-    assert drawn.mean() == pytest.approx(means[0], abs=0.05)
-
-
-def test_differences_are_paired() -> None:
-    base = np.random.default_rng(1).normal(size=(3, 50))
-    _, drawn = article.resampled_means(np.stack([base, base + 0.25]), resamples=100)
-    np.testing.assert_allclose(drawn[1] - drawn[0], 0.25, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "said"), [(0.1, 0.2, "the claim holds"), (-0.1, 0.2, "undecided"), (-0.2, -0.1, "the opposite")]
-)
-def test_verdicts(low: float, high: float, said: str) -> None:
-    assert said in article.verdict({"value": 0.0, "low": low, "high": high})
-
-
-def test_an_interval_is_of_percentiles() -> None:
-    found = article.interval(0.5, np.arange(1001.0))
-    assert found == {"value": 0.5, "low": 25.0, "high": 975.0}

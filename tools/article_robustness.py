@@ -6,9 +6,8 @@ Every net sees the same spoiled pixels. What a model answers is kept as robustne
 goes on where the first was stopped. Writes robustness.json, robustness.md and robustness.png.
 """
 
-import json
+import hashlib
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,31 +17,41 @@ from typing import Any
 import numpy as np
 import torch
 from article import (
+    HOLDS,
+    INTERVALS,
     NETS,
+    OPPOSITE,
     OTHERS,
     OURS,
-    Parser,
+    UNDECIDED,
     cifar_corpus,
     cifar_folder,
     finished_seeds,
     interval,
-    machine,
     points,
-    progress,
-    published,
-    resampled_means,
     run_folder,
+    samples,
+    shared_settings,
     superclasses,
     verdict,
+)
+from measuring import (
+    Parser,
+    atomic_path,
+    exit_code,
+    machine,
+    machine_sentence,
+    progress,
+    write_json,
     write_picture,
+    write_text,
 )
 from numpy.typing import NDArray
 from torchvision.transforms.functional import gaussian_blur
 
 from videogru.data.layouts import Corpus
-from videogru.errors import DataError, VideogruError
+from videogru.errors import DataError
 from videogru.inference.predict import Predictor
-from videogru.inference.predictions import atomic_text
 from videogru.modelfile import MODEL_FILE_NAME
 
 # Occlusion: share of the area; noise: sd of values in 0..1; blur: sd in pixels.
@@ -58,6 +67,7 @@ AXES = {
     "blur": "sd of Gaussian blur, pixels",
 }
 CACHE = "robustness.npz"
+DAMAGE_VERSION = 1  # to be raised when `spoil` gives other pixels, or answers are counted otherwise
 CLEAN, RESTRICTED, COARSE = "clean", "within superclass", "superclass"
 
 
@@ -93,18 +103,22 @@ def occluded_side(share: float, height: int, width: int) -> int:
     return min(range(min(height, width) + 1), key=lambda side: abs(side * side - share * height * width))
 
 
+def cache_key(model: Path, fill: NDArray[np.uint8]) -> str:
+    """What kept answers belong to: the weights, the damage and its color."""
+    with model.open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{weights} {DAMAGE_VERSION} {','.join(map(str, fill.tolist()))}"
+
+
 def answers(run: Path, test: Corpus, fill: NDArray[np.uint8]) -> dict[str, NDArray[np.bool_]]:
-    """Which test images a model gets right, (N,) for every condition; what is newer than the model is not asked again.
+    """Which test images a model gets right, (N,) for every condition; what was kept under its key is not asked again.
 
     Named "KIND SEVERITY", and for clean images "clean" (fine class right), "superclass" (the class named lies in the
     right superclass), "within superclass" (right where only the five classes of the true superclass may be named).
     """
     cache, model = run / CACHE, run / MODEL_FILE_NAME
-    hits: dict[str, NDArray[np.bool_]] = {}
-    if cache.is_file() and cache.stat().st_mtime_ns > model.stat().st_mtime_ns:
-        with np.load(cache, allow_pickle=False) as arrays:
-            kept = dict(zip(arrays["names"].tolist(), arrays["hits"], strict=True))
-        hits = {name: one for name, one in kept.items() if len(one) == len(test.manifest)}
+    key = cache_key(model, fill)
+    hits = _kept(cache, key, len(test.manifest))
     missing = [(kind, severity) for kind, severity in CONDITIONS if f"{kind} {severity}" not in hits]
     labels, images = test.manifest.labels, _images(test)
     rows = np.arange(len(labels), dtype=np.int64)
@@ -126,20 +140,25 @@ def answers(run: Path, test: Corpus, fill: NDArray[np.uint8]) -> dict[str, NDArr
         hits[RESTRICTED] = among.argmax(1) == labels
     for kind, severity in progress(missing, run.name):
         hits[f"{kind} {severity}"] = probabilities(spoil(images, kind, severity, rows, fill)).argmax(1) == labels
-        _keep(cache, hits)
+        _keep(cache, key, hits)
     spoiled = np.mean([hits[f"{kind} {severity}"].mean() for kind, severity in CONDITIONS])
     print(f"{run.name}: clean {100 * hits[CLEAN].mean():.1f} %, spoiled {100 * spoiled:.1f} %", flush=True)
     return hits
 
 
-def _keep(cache: Path, hits: Mapping[str, NDArray[np.bool_]]) -> None:
-    part = cache.with_name(f".{cache.name}.{os.getpid()}.partial")
-    try:
-        with part.open("wb") as file:
-            np.savez_compressed(file, names=np.array(list(hits)), hits=np.stack(list(hits.values())))
-        part.replace(cache)
-    finally:
-        part.unlink(missing_ok=True)
+def _keep(cache: Path, key: str, hits: Mapping[str, NDArray[np.bool_]]) -> None:
+    with atomic_path(cache) as part, part.open("wb") as file:
+        np.savez_compressed(file, key=np.array(key), names=np.array(list(hits)), hits=np.stack(list(hits.values())))
+
+
+def _kept(cache: Path, key: str, count: int) -> dict[str, NDArray[np.bool_]]:
+    """What `_keep` wrote under the same key for as many images, else nothing."""
+    if not cache.is_file():
+        return {}
+    with np.load(cache, allow_pickle=False) as arrays:
+        if "key" not in arrays or str(arrays["key"]) != key or arrays["hits"].shape[1] != count:
+            return {}
+        return dict(zip(arrays["names"].tolist(), arrays["hits"], strict=True))
 
 
 def _images(test: Corpus) -> NDArray[np.uint8]:
@@ -150,21 +169,21 @@ def _images(test: Corpus) -> NDArray[np.uint8]:
 def compare(hits: Mapping[str, NDArray[np.bool_]]) -> dict[str, Any]:
     """Accuracies, differences and verdicts, from the answers of each net as (S N) per condition, by "NET CONDITION".
 
-    Intervals are those of `article.resampled_means` with one draw of seeds and images for all quantities at once.
-    Relative accuracy is that under damage over that of the same net on clean images; per kind, both are averaged over
-    severities. The share of right fine classes given a right superclass is a ratio of means, resampled as such.
-    Raises DataError where a net gets no clean image right.
+    Intervals are those of `article.interval`, from one draw of seeds and images for all quantities at once; ratios and
+    averages are taken for each seed and each resample as for the whole. Relative accuracy is that under damage over
+    that of the same net on clean images; per kind, both are averaged over severities. The share of right fine classes
+    given a right superclass is a ratio of means. Raises DataError where a net gets no clean image right with some seed.
     """
-    names = list(hits)
-    values, drawn = resampled_means(np.stack([hits[name] for name in names]))
-    # (1 + R,): the value of all, then the resamples.
-    means = {name: np.concatenate([values[[g]], drawn[g]]) for g, name in enumerate(names)}
+    seeds = len(next(iter(hits.values())))
+    # (1+S+R,) each
+    means = dict(zip(hits, samples(np.stack(list(hits.values()))), strict=True))
     nets = [net for net in NETS if f"{net} {CLEAN}" in means]
-    if not all(means[f"{net} {CLEAN}"][0] > 0 for net in nets):
-        raise DataError("a net gets no clean image right; there is nothing to compare")
+    for net in nets:
+        if not (means[f"{net} {CLEAN}"][: 1 + seeds] > 0).all():
+            raise DataError(f"{NETS[net].title} gets no clean image right with some seed; there is nothing to compare")
 
-    def said(sample: NDArray[np.float64]) -> dict[str, float]:
-        return interval(float(sample[0]), sample[1:])
+    def said(sample: NDArray[np.float64]) -> dict[str, Any]:
+        return interval(sample, seeds)
 
     measures: dict[str, dict[str, NDArray[np.float64]]] = {}
     for kind, severities in SEVERITIES.items():
@@ -192,6 +211,7 @@ def compare(hits: Mapping[str, NDArray[np.bool_]]) -> dict[str, Any]:
             title: {net: said(sample) for net, sample in by_net.items()} for title, by_net in measures.items()
         },
         "claims": claims,
+        "verdicts": {one: sum(claim["verdict"] == one for claim in claims) for one in (HOLDS, OPPOSITE, UNDECIDED)},
     }
 
 
@@ -211,16 +231,14 @@ def sentence(claim: Mapping[str, Any]) -> str:
 
 def markdown(table: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
-    facts, found = table["machine"], table["nets"]
+    found = table["nets"]
     nets = list(table["conditions"])
     lines = [
         "# Robustness and fine classes on CIFAR-100",
         "",
-        f"`{facts['command']}`, {facts['date']}, commit {facts['commit']}, torch {facts['torch']}. "
-        f"Test images: {table['images']:,}; seeds "
+        f"{machine_sentence(table['machine'])} Test images: {table['images']:,}; seeds "
         + "; ".join(f"{NETS[net].title} {', '.join(map(str, seeds)) or 'not run'}" for net, seeds in found.items())
-        + f"; compared: {', '.join(map(str, table['seeds']))}. Percent, in brackets 95 % intervals over seeds and "
-        "images (two-level bootstrap); all nets see the same pixels.",
+        + f"; compared: {', '.join(map(str, table['seeds']))}. Percent, {INTERVALS}. All nets see the same pixels.",
         "",
         f"| | {' | '.join(NETS[net].title for net in nets)} |",
         f"|---|{'---|' * len(nets)}",
@@ -232,7 +250,14 @@ def markdown(table: Mapping[str, Any]) -> str:
         lines.append(f"| **{title}** | {' | '.join(points(by_net[net]) for net in nets)} |")
     lines += ["", "Sides of the occluding square and the share they are: ", ""]
     lines[-2] += ", ".join(f"{side} px ({100 * share:.1f} %)" for side, share in table["occlusion"]) + "."
-    lines += [f"- {sentence(claim)}" for claim in table["claims"]]
+    counts = ", ".join(f"{said}: {count}" for said, count in table["verdicts"].items())
+    lines += [
+        "",
+        f"{len(table['claims'])} comparisons; {counts}. Each interval is of 95 % by itself, without a correction for "
+        "their number: where nothing differs, about one comparison in twenty would still be decided.",
+        "",
+        *(f"- {sentence(claim)}" for claim in table["claims"]),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -264,17 +289,22 @@ def picture(table: Mapping[str, Any]) -> Any:
     return figure
 
 
-def measure(work: Path, folder: Path, command: str) -> dict[str, Any]:
+def measure(work: Path, folder: Path, command: Sequence[str]) -> dict[str, Any]:
     """Let all finished models answer, and compare them over the seeds that every net has.
 
-    Raises DataError where no model is finished, or no seed is common to the nets that are there.
+    command: the words of the call. Raises DataError where no model is finished, or no seed is common to the nets that
+    are there, ConfigError where runs differ in more than the net and the seed.
     """
+    facts = machine(command)
     found = finished_seeds(work)
     if not any(found.values()):
         raise DataError("no finished run", where=work, hint="Train first: tools/reproduce_article.py")
     shared = sorted(set.intersection(*(set(seeds) for seeds in found.values() if seeds)))
     if not shared:
         raise DataError("no seed that all nets have", where=work)
+    shared_settings(
+        {(net, seed): run_folder(work, net, seed) for net, seeds in found.items() if seeds for seed in shared}
+    )
     corpus = cifar_corpus(folder)
     rows = corpus.manifest.rows("test")
     assert corpus.arrays is not None, "CIFAR-100 lies in memory"
@@ -295,7 +325,7 @@ def measure(work: Path, folder: Path, command: str) -> dict[str, Any]:
         "fill": fill.tolist(),
         "occlusion": [(side, side * side / (height * width)) for side in sides],
         **compare(hits),
-        "machine": machine(command),
+        "machine": facts,
     }
 
 
@@ -307,25 +337,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="where CIFAR-100 lies")
     parser.add_argument("--out", type=Path, default=Path("docs/article"), help="where the results are written")
     options = parser.parse_args(words)
-    try:
-        command = published(["python", "tools/article_robustness.py", *words])
-        table = measure(options.work, cifar_folder(options.data_dir), command)
-        with atomic_text(options.out / "robustness.json") as file:
-            json.dump(table, file, indent=2, allow_nan=False)
-            file.write("\n")
+
+    def work_on() -> None:
+        table = measure(options.work, cifar_folder(options.data_dir), ["python", "tools/article_robustness.py", *words])
         text = markdown(table)
-        with atomic_text(options.out / "robustness.md") as file:
-            file.write(text)
+        write_json(options.out / "robustness.json", table)
+        write_text(options.out / "robustness.md", text)
         write_picture(options.out / "robustness.png", picture(table))
-    except VideogruError as error:
-        print(f"article_robustness.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nstopped; the answers so far are kept, run me again to go on", file=sys.stderr)
-        return 130
-    print(text)
-    print(f"written: {options.out / 'robustness'}.json, .md and .png")
-    return 0
+        print(text)
+        print(f"written: {options.out / 'robustness'}.json, .md and .png")
+
+    return exit_code("article_robustness.py", work_on, kept="the answers so far are kept, run me again to go on")
 
 
 if __name__ == "__main__":

@@ -11,47 +11,46 @@ from typing import Any
 import numpy as np
 import torch
 from article import (
+    INTERVALS,
     NETS,
     OTHERS,
     OURS,
     finished_seeds,
-    flat_settings,
     interval,
-    machine,
     points,
-    progress,
-    resampled_means,
     run_folder,
+    samples,
+    shared_settings,
     verdict,
-    write_picture,
 )
+from measuring import machine, machine_sentence, progress, write_json, write_picture, write_text
 from numpy.typing import NDArray
 
-from videogru.config import parse_assignments
-from videogru.errors import ConfigError, DataError
+from videogru.errors import DataError
 from videogru.inference.predict import Predictor
-from videogru.inference.predictions import atomic_text, read_csv
+from videogru.inference.predictions import read_csv
 from videogru.models.cost import count_macs
-from videogru.runs import run_config
 
 ROUNDS = 30
 TURN_SECONDS = 0.05  # a turn repeats the forward pass for at least this long
 LATENCY_SECONDS = 90.0  # for one batch size; at least 5 rounds
 
 
-def measure(budget: str, work: Path, seeds: Sequence[int], command: str) -> dict[str, Any]:
+def measure(budget: str, work: Path, seeds: Sequence[int], command: Sequence[str]) -> dict[str, Any]:
     """Everything in the table of one budget, from the runs of `seeds` that are finished.
 
-    Accuracy: top-1 on the test split, per seed and as intervals of `resampled_means`; a difference is paired over the
-    seeds that both nets have. Training seconds: the median epoch times the epochs, since a busy hour of the
-    machine would count. Raises DataError where no run is finished, ConfigError where runs differ in
-    more than the net and the seed.
+    Accuracy: top-1 on the test split, per seed and with its `interval`; a difference is paired over the seeds that both
+    nets have. Training seconds: the median epoch times the epochs, since a busy hour of the machine would count.
+    command: the words of the call. Raises DataError where no run is finished or test rows differ, ConfigError where
+    runs differ in more than the net and the seed.
     """
+    facts = machine(command)
     finished = finished_seeds(work)
     there = {net: [seed for seed in seeds if seed in finished[net]] for net in NETS}
     runs = {(net, seed): run_folder(work, net, seed) for net, found in there.items() for seed in found}
     if not runs:
         raise DataError("no finished run", where=work, hint="Train first, without --only measure.")
+    settings = shared_settings(runs)
     hits, labels = {}, None
     for key, run in progress(list(runs.items()), "reading predictions"):
         hits[key], seen = _hits(run)
@@ -65,13 +64,13 @@ def measure(budget: str, work: Path, seeds: Sequence[int], command: str) -> dict
         nets[net]["not_run"] = [seed for seed in seeds if seed not in found]
         if found:
             per_seed = [float(hits[net, seed].mean()) for seed in found]
-            ((value,), (drawn,)) = resampled_means(np.stack([hits[net, seed] for seed in found])[None])
+            (sample,) = samples(np.stack([hits[net, seed] for seed in found])[None])
             seconds = [_training_seconds(runs[net, seed]) for seed in found]
             nets[net] |= {
                 "accuracy": {
                     "per_seed": per_seed,
                     "sd": statistics.stdev(per_seed) if len(per_seed) > 1 else None,
-                    **interval(value, drawn),
+                    **interval(sample, len(found)),
                 },
                 "parameters": predictors[net].classifier.describe(),
                 "macs": count_macs(predictors[net].classifier),
@@ -82,19 +81,19 @@ def measure(budget: str, work: Path, seeds: Sequence[int], command: str) -> dict
         both = [seed for seed in there[OURS] if seed in there[other]]
         if both:
             pairs = np.stack([[hits[net, seed] for seed in both] for net in (OURS, other)])
-            values, drawn = resampled_means(pairs)
-            found_difference = interval(values[0] - values[1], drawn[0] - drawn[1])
+            ours, theirs = samples(pairs)
+            found_difference = interval(ours - theirs, len(both))
             claimed = NETS[OURS].claimed - NETS[other].claimed
             differences[other] = {"claimed": claimed, "seeds": both, **found_difference}
             differences[other]["verdict"] = verdict(found_difference)
     return {
         "budget": budget,
-        "settings": _shared_settings(runs),
+        "settings": settings,
         "images": len(next(iter(hits.values()))),
         "nets": nets,
         "differences": differences,
         "latency": {str(batch): latency(predictors, batch) for batch in (1, 128)},
-        "machine": machine(command),
+        "machine": facts,
     }
 
 
@@ -110,25 +109,6 @@ def _training_seconds(run: Path) -> float:
     with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     return statistics.median(seconds) * len(seconds)
-
-
-def _shared_settings(runs: Mapping[tuple[str, int], Path]) -> dict[str, object]:
-    """What all runs have in common; only what makes the net, the seed and the place of the data may differ.
-
-    Raises ConfigError where more does, or a folder holds another net than its name says.
-    """
-    free = {"train.seed", "data.data_dir", *(key for net in NETS.values() for key in net.settings)}
-    shared: dict[str, object] = {}
-    for (net, _), run in runs.items():
-        settings = flat_settings(run_config(run))
-        for key, text in parse_assignments(f"{k}={v}" for k, v in NETS[net].settings.items()).items():
-            if settings[key] != text:
-                raise ConfigError(f"{key}={settings[key]}, but a {NETS[net].title} has {text}", where=run)
-        fixed = {key: value for key, value in settings.items() if key not in free}
-        for key, value in fixed.items():
-            if shared.setdefault(key, value) != value:
-                raise ConfigError(f"{key}={value}, but {shared[key]} in another run; they do not compare", where=run)
-    return shared
 
 
 @torch.inference_mode()
@@ -167,7 +147,7 @@ def latency(predictors: Mapping[str, Predictor], batch: int) -> dict[str, Any]:
     return {
         "rounds": len(rounds),
         "device": str(next(iter(predictors.values())).device),
-        "mode": "float32, eager, inference mode, as Predictor runs it",
+        "mode": f"{arithmetic(next(iter(predictors.values())).device)}, eager, inference mode, as Predictor runs it",
         "milliseconds": {net: _quartiles([row[net] for row in rounds]) for net in order},
         "ratio": {
             f"{above} / {below}": _quartiles([row[above] / row[below] for row in rounds])
@@ -175,6 +155,17 @@ def latency(predictors: Mapping[str, Predictor], batch: int) -> dict[str, Any]:
             if above in order and below in order
         },
     }
+
+
+def arithmetic(device: torch.device) -> str:
+    """What a float32 product is on a device: on a GPU TF32, with 10 bits of mantissa, may stand in for it."""
+    if device.type != "cuda":
+        return "float32"
+    convolutions = "allowed" if torch.backends.cudnn.allow_tf32 else "not allowed"
+    return (
+        f"float32, TF32 {convolutions} in cuDNN (convolutions, recurrent layers), precision of matrix products "
+        f"{torch.get_float32_matmul_precision()!r}"
+    )
 
 
 def _quartiles(values: Sequence[float]) -> dict[str, float]:
@@ -185,12 +176,9 @@ def _quartiles(values: Sequence[float]) -> dict[str, float]:
 def write_table(out: Path, table: dict[str, Any]) -> None:
     """Write table-BUDGET.json, table-BUDGET.md and accuracy-BUDGET.png into `out`, and tell the rows."""
     budget = table["budget"]
-    with atomic_text(out / f"table-{budget}.json") as file:
-        json.dump(table, file, indent=2, allow_nan=False)
-        file.write("\n")
+    write_json(out / f"table-{budget}.json", table)
     text = markdown(table, {other: _other_table(out, other) for other in ("cpu", "gpu") if other != budget})
-    with atomic_text(out / f"table-{budget}.md") as file:
-        file.write(text)
+    write_text(out / f"table-{budget}.md", text)
     write_picture(out / f"accuracy-{budget}.png", picture(table))
     print(text)
     print(f"written: {out / f'table-{budget}'}.json, .md and {out / f'accuracy-{budget}.png'}")
@@ -207,11 +195,9 @@ def markdown(table: Mapping[str, Any], others: Mapping[str, Mapping[str, Any] | 
     lines = [
         f"# ResNet, LSTM-CNN and GRU-CNN on CIFAR-100, budget {table['budget']}",
         "",
-        f"`{facts['command']}`, {facts['date']}, commit {facts['commit']}: {facts['gpu'] or facts['cpu']}, "
-        f"{facts['cores']} cores, threads: {facts['threads']}, load {facts['load']}, torch {facts['torch']}. Encoder "
-        f"{table['settings']['model.encoder']}, epochs: {epochs}, the same recipe for all. Top-1 accuracy on the "
-        f"{table['images']:,} test images in percent; in brackets 95 % intervals over seeds and images (two-level "
-        "bootstrap). The recurrent part includes the LayerNorm behind it; MACs are those of convolutions and matrix "
+        f"{machine_sentence(facts)} Encoder {table['settings']['model.encoder']}, epochs: {epochs}, the same recipe "
+        f"for all. Top-1 accuracy on the {table['images']:,} test images in percent; {INTERVALS}. "
+        "The recurrent part includes the LayerNorm behind it; MACs are those of convolutions and matrix "
         "products; training is the median epoch times the epochs.",
         "",
         "| net | article | top-1 | by seed | sd | parameters (recurrent) | MACs | training |",

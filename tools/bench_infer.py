@@ -6,20 +6,18 @@ Without --scan, a 256x256x180 int16 .nii.gz of smooth noise is made (it compress
 median, minimum and maximum of wall seconds and the peak resident memory, and JSON with --json FILE.
 """
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
 import numpy as np
+from measuring import Parser, exit_code, machine, write_json
 
 SHAPE = (256, 256, 180)
 
@@ -44,38 +42,46 @@ def run_once(command: list[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1024
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = Parser(prog="bench_infer.py", description=__doc__)
     parser.add_argument("--model", required=True, help="model file or run folder")
     parser.add_argument("--scan", type=Path, help="scan to read; default: one is made")
     parser.add_argument("--runs", type=int, default=5, help="counted runs, after one that is not counted")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        scan = options.scan or Path(folder) / "scan.nii.gz"
-        if options.scan is None:
-            make_scan(scan)
-        command = [sys.executable, "-m", "videogru", "infer", str(scan), "--model", options.model]
-        run_once(command)
-        measured = [run_once(command) for _ in range(options.runs)]
-        size = scan.stat().st_size
-    seconds, mebibytes = [s for s, _ in measured], [m for _, m in measured]
-    figures = {
-        "wall_seconds": {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)},
-        "peak_resident_mib": max(mebibytes),
-        "file_mib": size / 2**20,
-        "runs": options.runs,
-        "cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-    print(f"file of {figures['file_mib']:.1f} MiB, {options.runs} runs on {figures['cores']} cores")
-    print(f"wall   {statistics.median(seconds):.2f} s (min {min(seconds):.2f}, max {max(seconds):.2f})")
-    print(f"memory {max(mebibytes):.0f} MiB peak")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    options = parser.parse_args(words)
+    if options.runs < 1:
+        parser.error("--runs wants a whole number above 0")
+    load = os.getloadavg()[0]
+
+    def work_on() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            scan = options.scan or Path(folder) / "scan.nii.gz"
+            if options.scan is None:
+                make_scan(scan)
+            command = [sys.executable, "-m", "videogru", "infer", str(scan), "--model", options.model]
+            run_once(command)
+            measured = [run_once(command) for _ in range(options.runs)]
+            size = scan.stat().st_size
+        seconds, mebibytes = [s for s, _ in measured], [m for _, m in measured]
+        # Only now, as the peak of a process counts from that of its parent, which torch would raise.
+        facts = machine(["python", "tools/bench_infer.py", *words]) | {"load": round(load, 1)}
+        figures = {
+            "wall_seconds": {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)},
+            "peak_resident_mib": max(mebibytes),
+            "file_mib": size / 2**20,
+            "runs": options.runs,
+            "machine": facts,
+        }
+        print(f"file of {figures['file_mib']:.1f} MiB, {options.runs} runs on {facts['cores']} cores")
+        print(f"wall   {statistics.median(seconds):.2f} s (min {min(seconds):.2f}, max {max(seconds):.2f})")
+        print(f"memory {max(mebibytes):.0f} MiB peak")
+        if options.json:
+            write_json(options.json, figures)
+
+    return exit_code("bench_infer.py", work_on, kept="nothing is written")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,28 +6,35 @@
 Square color frames go through the encoder `pixels` (a 1x1 convolution) and `--seq grid`: every pixel is one step.
 A length is rounded to the nearest square, 512 to 23 x 23 = 529. Each measurement is a process of its own; cells and
 checkpointing alternate inside each round. Memory is the peak of the resident set (on a GPU: of allocated memory)
-during the first step, above what was held once the model and the batch were made. Writes length.json, .md and .png.
+during the first step, above what was held once the model and the batch were made. Writes length.json, .md and .png
+after every round, so that Ctrl-C leaves the rounds before it.
 """
 
 import argparse
 import json
 import math
-import os
-import platform
-import re
-import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from measuring import (
+    Parser,
+    exit_code,
+    last_error,
+    machine,
+    machine_lines,
+    median_range,
+    write_json,
+    write_picture,
+    write_text,
+)
 from torch.nn import functional as F
 
 from videogru.config import ModelConfig
@@ -64,73 +71,33 @@ class Case:
         return f"{self.encoder}, {self.cell}, {self.steps} steps, {no}checkpointing"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """All that was measured of one case; empty where its process was killed for want of memory."""
+    """All that was measured of one case; killed: how many of its processes were, for want of memory."""
 
     case: Case
     seconds: list[float]
     mib: list[float]
+    killed: int = 0
+
+    def add(self, seconds: Sequence[float], mib: Sequence[float]) -> None:
+        """What one process measured; nothing where it was killed."""
+        self.seconds.extend(seconds)
+        self.mib.extend(mib)
+        self.killed += not mib
+
+    def shown(self, values: Sequence[float], form: str) -> str:
+        """Its seconds or MiB as a cell of a table."""
+        killed = f"killed {self.killed} of {self.killed + len(self.mib)}"
+        if not self.killed:
+            return median_range(values, form)
+        return f"{median_range(values, form)}, {killed}" if values else killed
 
     @property
     def summary(self) -> dict[str, Any]:
         """The case with its steps, all that was measured, and the medians, as it is written."""
         medians = {name: statistics.median(x) if x else None for name, x in (("s", self.seconds), ("MiB", self.mib))}
         return {**asdict(self), "steps": self.case.steps, "medians": medians}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A contender: images per second and share of time waiting for data, one per round."""
-
-    name: str
-    note: str = ""
-    rates: list[float] = field(default_factory=list)
-    shares: list[float] = field(default_factory=list)
-
-
-class Group(NamedTuple):
-    """Contenders that alternated; ratios are to the first of them, round by round."""
-
-    title: str
-    rows: list[Row]
-
-    def ratios(self, row: Row) -> list[float]:
-        """Its rate as a multiple of the first row's in the same round."""
-        return [rate / first for rate, first in zip(row.rates, self.rows[0].rates, strict=True)]
-
-    def markdown(self) -> list[str]:
-        """A table: medians, with the least and greatest of the rounds."""
-        shares, notes = (any(getattr(row, name) for row in self.rows) for name in ("shares", "note"))
-        head = ["", "images/s", "ratio to the first", *["waiting for data"] * shares, *["note"] * notes]
-        rule = f"|---|{'---:|' * (2 + shares)}{'---|' * notes}"
-        lines = [f"## {self.title}", "", f"| {' | '.join(head)} |", rule]
-        for row in self.rows:
-            cells = [row.name, _range(row.rates, "{:,.0f}"), _range(self.ratios(row), "{:.2f}")]
-            cells += [_range(row.shares, "{:.0%}")] * shares + [row.note] * notes
-            lines.append(f"| {' | '.join(cells)} |")
-        return [*lines, ""]
-
-    def figures(self) -> dict[str, Any]:
-        """The same for JSON, with every round."""
-        return {"title": self.title, "rows": [asdict(row) | {"ratios": self.ratios(row)} for row in self.rows]}
-
-
-def _range(values: Sequence[float], form: str) -> str:
-    if not values:
-        return "–"
-    low, middle, high = (form.format(f(values)) for f in (min, statistics.median, max))
-    return f"{middle} ({low}–{high})"
-
-
-def alternate(title: str, turns: Sequence[tuple[Row, Callable[[Row], None]]], rounds: int) -> Group:
-    """Every contender's turn, in order, `rounds` times; a turn adds what it measured to its row."""
-    for round_ in range(1, rounds + 1):
-        for row, turn in turns:
-            turn(row)
-            line = f"{title}, round {round_}/{rounds}: {row.name}: {row.rates[-1]:,.0f} images/s"
-            print(line, file=sys.stderr, flush=True)
-    return Group(title, [row for row, _ in turns])
 
 
 def side_of(length: int) -> int:
@@ -239,41 +206,9 @@ def run_case(case: Case, **how: int | str) -> tuple[list[float], list[float]]:
     return seconds, [mib]
 
 
-def last_error(stderr: str) -> str:
-    """The line of a traceback that names the error, else the last one."""
-    lines = stderr.strip().splitlines() or ["ended without a word"]
-    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
-
-
-def facts(command: Sequence[str]) -> dict[str, str]:
-    """What a figure depends on: machine, threads, versions, commit, date, command."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return {
-        "machine": f"{cpu}, {len(os.sched_getaffinity(0))} cores",
-        "GPU": torch.cuda.get_device_name() if DEVICE == "cuda" else "none",
-        "threads": str(torch.get_num_threads()),
-        "Python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "commit": (commit or "unknown") + (", with changes" if changed else ""),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", f"tools/{Path(command[0]).name}", *command[1:]]),
-    }
-
-
-def facts_lines(known: dict[str, str]) -> list[str]:
-    """The facts as a list in Markdown."""
-    return [f"- {name}: `{value}`" if name == "command" else f"- {name}: {value}" for name, value in known.items()]
-
-
-def report(results: Sequence[Result], known: dict[str, str], checkpoint_steps: int, malloc: str) -> str:
+def report(results: Sequence[Result], facts: Mapping[str, object], settings: Mapping[str, Any]) -> str:
     """Tables in Markdown, a line per sequence and cell, with and without checkpointing side by side."""
-    lines = ["# One training step against the length of the sequence", "", *facts_lines(known), ""]
+    lines = ["# One training step against the length of the sequence", "", *machine_lines(facts), ""]
     lengths = [result for result in results if result.case.encoder == "pixels"]
     if lengths:
         lines += [
@@ -287,9 +222,10 @@ def report(results: Sequence[Result], known: dict[str, str], checkpoint_steps: i
     if encoders:
         lines += [f"Clips of 112 x 112 pixels, {encoders[0].case.batch} a batch, float32.", "", *_table(encoders), ""]
     lines.append(
-        "Seconds: forward and backward, median (least to greatest) after a first step; MiB: peak during that first "
-        "step above what model and batch held, over processes; –: killed for want of memory. Checkpointing recomputes "
-        f"the encoder's stages, and {checkpoint_steps} recurrent steps at a time. {MALLOC[malloc]}"
+        f"Rounds: {settings['rounds_done']} of {settings['rounds']}. Seconds: forward and backward, median (least to "
+        "greatest) after a first step; MiB: peak during that first step above what model and batch held, over "
+        "processes; killed: processes that ended for want of memory. Checkpointing recomputes the encoder's stages, "
+        f"and {settings['checkpoint_steps']} recurrent steps at a time. {MALLOC[settings['malloc']]}"
     )
     return "\n".join(lines) + "\n"
 
@@ -302,13 +238,13 @@ def _table(results: Sequence[Result]) -> list[str]:
         rows.setdefault(f"{name} | {result.case.steps}", {})[result.case.checkpointing] = result
     lines = [f"| {first} | steps | seconds | with checkpointing | MiB | with checkpointing |", f"|---|{'---:|' * 5}"]
     for name, pair in rows.items():
-        seconds = [_range(pair[on].seconds, "{:.3g}") if on in pair else "" for on in (False, True)]
-        mib = [_range(pair[on].mib, "{:,.0f}") if on in pair else "" for on in (False, True)]
+        seconds = [pair[on].shown(pair[on].seconds, "{:.3g}") if on in pair else "" for on in (False, True)]
+        mib = [pair[on].shown(pair[on].mib, "{:,.0f}") if on in pair else "" for on in (False, True)]
         lines.append(f"| {' | '.join([name, *seconds, *mib])} |")
     return lines
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
+def picture(results: Sequence[Result]) -> Any:
     """Seconds and MiB against steps, both axes logarithmic; a color per cell, dashed with checkpointing."""
     # Half a second to import, and the measuring processes do not draw.
     from matplotlib.figure import Figure
@@ -343,12 +279,24 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write(out: Path, results: Sequence[Result], settings: Mapping[str, Any], facts: Mapping[str, object]) -> str:
+    """Write what was measured so far; returns the report."""
+    text = report(results, facts, settings)
+    summaries = [result.summary for result in results]
+    write_json(out / "length.json", {"facts": facts, "settings": settings, "results": summaries})
+    write_text(out / "length.md", text)
+    if any(result.case.encoder == "pixels" and result.seconds for result in results):
+        write_picture(out / "length.png", picture(results))
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write and print; the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = Parser(prog="bench_length.py", description=__doc__)
     parser.add_argument("--what", default="lengths,encoders", help="lengths, encoders or both; default: %(default)s")
     parser.add_argument("--lengths", default="256,512,1024,2048,4096", help="steps; default: %(default)s")
     parser.add_argument("--cells", default=",".join(CELLS), help="default: %(default)s")
@@ -360,12 +308,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/article"), help="folder; default: %(default)s")
     parser.add_argument("--malloc", choices=list(MALLOC), default="fit", help="fit: as in a training; usual: untouched")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     counts = {name: getattr(options, name) for name in ("checkpoint_steps", "batch_size", "rounds", "repeats")}
     how = {name: getattr(options, name) for name in ("repeats", "checkpoint_steps", "malloc")}
     if options.case:
         print(json.dumps(measure(Case(**json.loads(options.case)), **how)))
-        return
+        return 0
     what, cells = options.what.split(","), options.cells.split(",")
     lengths = [int(text) if text.isdecimal() else 0 for text in options.lengths.split(",")]
     if not set(what) <= {"lengths", "encoders"} or not set(cells) <= {*CELLS} or min(lengths) < 16:
@@ -375,25 +323,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     modes = CHECKPOINTING[options.checkpointing]
     cases = length_cases(lengths, cells, modes, options.batch_size) if "lengths" in what else []
     cases += encoder_cases(modes) if "encoders" in what else []
-    results = [Result(case, [], []) for case in cases]
-    for round_ in range(1, options.rounds + 1):
-        for result in results:
-            seconds, mib = run_case(result.case, **how)
-            result.seconds.extend(seconds)
-            result.mib.extend(mib)
-            shown = f"{statistics.median(seconds):.3g} s, {mib[0]:.0f} MiB" if seconds else "killed"
-            print(f"round {round_}/{options.rounds}: {result.case}: {shown}", file=sys.stderr, flush=True)
-    known = facts([sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)])
+    facts = machine(["python", "tools/bench_length.py", *words])
     settings = {**how, **counts, "hidden_size": HIDDEN, "width": WIDTH}
-    figures = {"facts": known, "settings": settings, "results": [result.summary for result in results]}
-    text = report(results, known, options.checkpoint_steps, options.malloc)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "length.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    (options.out / "length.md").write_text(text, encoding="utf-8")
-    if any(result.case.encoder == "pixels" and result.seconds for result in results):
-        draw(results, options.out / "length.png")
-    print(text)
+
+    def rounds() -> None:
+        results = [Result(case, [], []) for case in cases]
+        for round_ in range(1, options.rounds + 1):
+            for result in results:
+                seconds, mib = run_case(result.case, **how)
+                result.add(seconds, mib)
+                shown = f"{statistics.median(seconds):.3g} s, {mib[0]:.0f} MiB" if seconds else "killed"
+                print(f"round {round_}/{options.rounds}: {result.case}: {shown}", file=sys.stderr, flush=True)
+            text = write(options.out, results, {**settings, "rounds_done": round_}, facts)
+        print(text)
+
+    return exit_code("bench_length.py", rounds, kept=f"what whole rounds measured is in {options.out}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,6 @@ start, and what they had read ahead is used up. Writes training-speed.json and .
 
 import argparse
 import gc
-import json
 import logging
 import os
 import platform
@@ -19,126 +18,40 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from bench_length import Group, Row, alternate, facts, facts_lines, last_error
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from measuring import (
+    Group,
+    Parser,
+    Row,
+    alternate,
+    exit_code,
+    last_error,
+    machine,
+    machine_lines,
+    write_json,
+    write_text,
+)
+from training_loops import Clock, Counts, LoadingAlone, Step, TorchvisionModule, make_task, plain_train, train
 
 from videogru.config import Config, read_settings_file, resolve_config
-from videogru.data.batching import Loaded
 from videogru.data.datamodule import CorpusModule
 from videogru.data.layouts import Corpus, open_corpus
-from videogru.errors import VideogruError
 from videogru.models.classifier import Classifier
 from videogru.resources import resource_dir
-from videogru.sequence import SequenceBatch
 from videogru.training.compiling import compile_encoder
-from videogru.training.fit import build_classifier, precision
+from videogru.training.fit import build_classifier
 from videogru.training.memory import keep_freed_memory
-from videogru.training.task import SequenceTask
 
 NARROW = {"model.encoder_width": 8, "model.hidden_size": 32}
 WIDE = {"model.encoder_width": 64}
-OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
 PADDING = 4  # pixels on each side: the recipe's translate of 0.125 at 32 pixels
 # Names of glibc's tunables, MALLOC_..._: what is freed then stays with the process.
 KEEP_MEMORY = {"MMAP_THRESHOLD": 4294967296, "TRIM_THRESHOLD": 17179869184, "TOP_PAD": 268435456}
-
-
-class Counts(NamedTuple):
-    """Uncounted and counted steps of a turn, and turns of each contender."""
-
-    warmup: int
-    steps: int
-    rounds: int
-
-
-class Clock(pl.Callback):
-    """Counts the images and the time of `steps` steps after `warmup`, and how much of it was waiting for data.
-
-    sync: wait for the GPU at both ends of each step, which tells the waiting for data apart from the GPU's work; that
-    slows training, so that rates come from a clock without.
-    """
-
-    def __init__(self, counts: Counts, *, sync: bool = False) -> None:
-        self.counts, self.sync = counts, sync
-        self.seen = self.images = 0
-        self.waiting = self.started = self.last = 0.0
-
-    @property
-    def done(self) -> bool:
-        """Whether all steps were counted."""
-        return self.seen == self.counts.warmup + self.counts.steps
-
-    @property
-    def rate(self) -> float:
-        """Images per second."""
-        return self.images / (self.last - self.started)
-
-    @property
-    def data_share(self) -> float:
-        """Share of the time from the end of a step to the next batch, on its device and augmented."""
-        return self.waiting / (self.last - self.started)
-
-    def end(self, images: int) -> None:
-        """The step is over."""
-        self.seen += 1
-        self.last = self._now(self.sync or self.seen == self.counts.warmup or self.done)
-        if self.seen <= self.counts.warmup:
-            self.started, images = self.last, 0
-        self.images += images
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """A batch is on the device, augmented."""
-        if self.seen >= self.counts.warmup:
-            self.waiting += self._now(self.sync) - self.last
-
-    def on_train_batch_end(self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Loaded, batch_idx: int) -> None:
-        """Lightning stepped the optimizer and the schedule."""
-        self.end(0 if batch.batch is None else len(batch.batch))
-        trainer.should_stop = self.done
-
-    def _now(self, sync: bool) -> float:
-        if sync and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-class LoadingAlone(pl.LightningModule):
-    """Takes batches and does nothing with them."""
-
-    automatic_optimization = False
-
-    def training_step(self, loaded: Loaded, batch_idx: int) -> None:
-        """Nothing."""
-
-    def configure_optimizers(self) -> None:
-        """No optimizer."""
-
-
-class TorchvisionModule(pl.LightningDataModule):
-    """(image, label) pairs of a torchvision data set with its transforms, through torch's DataLoader."""
-
-    def __init__(self, pictures: Any, batch_size: int, workers: int) -> None:
-        super().__init__()
-        self.pictures, self.batch_size, self.workers = pictures, batch_size, workers
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Pairs of images (B C H W) and labels (B,)."""
-        how: dict[str, Any] = {"pin_memory": torch.cuda.is_available(), "persistent_workers": self.workers > 0}
-        return DataLoader(self.pictures, self.batch_size, shuffle=True, num_workers=self.workers, **how)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Loaded:
-        """Stills as clips of one frame, as the classifier takes them."""
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-        ones = torch.ones_like(labels)
-        return Loaded(0, SequenceBatch(images.unsqueeze(1), ones, ones, labels), ())
 
 
 def torchvision_pictures(root: Path, classifier: Classifier) -> Any:
@@ -148,37 +61,6 @@ def torchvision_pictures(root: Path, classifier: Classifier) -> Any:
     steps = [transforms.RandomCrop(classifier.frame_size, padding=PADDING), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize(classifier.mean, classifier.std)]
     return datasets.CIFAR100(root, train=True, transform=transforms.Compose(steps))
-
-
-def train(task: pl.LightningModule, module: pl.LightningDataModule, config: Config, clock: Clock) -> None:
-    """Lightning's loop, as `fit` runs it but without logs, scores, checkpoints and progress bar, until clock.done."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning")
-        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-        trainer = pl.Trainer(
-            max_epochs=-1,
-            devices=1,
-            precision=precision(config.train.precision),
-            gradient_clip_val=(config.train.clip_norm or None) if task.automatic_optimization else None,
-            callbacks=[clock],
-            limit_val_batches=0,
-            **dict.fromkeys(OFF, False),
-        )
-        trainer.fit(task, module)
-
-
-def plain_train(task: SequenceTask, module: TorchvisionModule, config: Config, clock: Clock) -> None:
-    """The loop of a script without Lightning, until clock.done."""
-    step = Step(task.classifier, config, bf16=precision(config.train.precision) == "bf16-mixed")
-    loader = module.train_dataloader()
-    while not clock.done:
-        for batch in loader:
-            images, labels = (tensor.to(step.device, non_blocking=True) for tensor in batch)
-            clock.on_train_batch_start()
-            step(images.unsqueeze(1), labels)
-            clock.end(len(labels))
-            if clock.done:
-                break
 
 
 def compare_loading(
@@ -224,51 +106,6 @@ class Contiguous(Classifier):
     def _encode(self, frames: torch.Tensor) -> torch.Tensor:
         maps: torch.Tensor = self.encoder(self.normalize(frames).contiguous())
         return maps
-
-
-def make_task(classifier: Classifier, config: Config) -> SequenceTask:
-    """The task as `fit` makes it, with a schedule that is long enough for any benchmark."""
-    counts = [1] * classifier.num_classes
-    return SequenceTask(classifier, config.train, class_counts=counts, total_steps=100_000, failed=lambda *_: None)
-
-
-class Step:
-    """One training step on its device: forward, backward, clipping, optimizer, schedule."""
-
-    def __init__(self, classifier: Classifier, config: Config, *, bf16: bool) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.classifier, self.config, self.bf16 = classifier.to(self.device).train(), config, bf16
-        made = make_task(classifier, config).configure_optimizers()
-        self.optimizer, self.schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
-
-    def __call__(self, frames: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss before the step; frames (B 1 C H W), labels (B,)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.classifier(frames, torch.ones_like(labels))
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.train.label_smoothing)
-        self.optimizer.zero_grad()
-        loss.backward()
-        if self.config.train.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.classifier.parameters(), self.config.train.clip_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        return loss.detach()
-
-    def noise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch as augmentation leaves it: float32 frames (B 1 C H W) in 0..1, and labels (B,)."""
-        generator = torch.Generator().manual_seed(0)
-        side, batch = self.classifier.frame_size, self.config.train.batch_size
-        frames = torch.rand(batch, 1, self.classifier.in_channels, side, side, generator=generator)
-        labels = torch.randint(0, self.classifier.num_classes, (batch,), generator=generator)
-        return frames.to(self.device), labels.to(self.device)
-
-    def rate(self, counts: Counts) -> float:
-        """Images per second, on the same batch again and again."""
-        clock, batch = Clock(counts), self.noise()
-        while not clock.done:
-            self(*batch)
-            clock.end(len(batch[1]))
-        return clock.rate
 
 
 def option_steps(config: Config, classes: int) -> dict[str, Step]:
@@ -329,7 +166,7 @@ def size(config: Config) -> str:
     return f"encoder {config.model.encoder} of width {config.model.encoder_width}, {config.model.hidden_size} units"
 
 
-def report(groups: Sequence[Group], known: dict[str, str], counts: Counts) -> str:
+def report(groups: Sequence[Group], facts: Mapping[str, object], counts: Counts) -> str:
     """All tables in Markdown."""
     text = (
         f"CIFAR-100, batches of 128, `--seq rows`. Median (least to greatest) over {counts.rounds} rounds of "
@@ -341,12 +178,13 @@ def report(groups: Sequence[Group], known: dict[str, str], counts: Counts) -> st
         "On a CPU all keep freed memory, as `fit` does, but for the last table."
     )
     tables = [line for group in groups for line in group.markdown()]
-    return "\n".join(["# Speed of training", "", *facts_lines(known), "", text, "", *tables]).rstrip() + "\n"
+    return "\n".join(["# Speed of training", "", *machine_lines(facts), "", text, "", *tables]).rstrip() + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write and print; the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = Parser(prog="bench_training.py", description=__doc__)
     parser.add_argument("--what", default="loading,options", help="loading, options or both; default: %(default)s")
     parser.add_argument("--data-dir", type=Path, help="folder with cifar-100-python, for loading")
     parser.add_argument("--steps", type=int, default=60, help="counted steps of a turn; default: %(default)s")
@@ -355,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", default="0,1,2", help="of torchvision's loaders; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("docs/article"), help="folder; default: %(default)s")
     parser.add_argument("--malloc-child", choices=("usual", "fit"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     counts = Counts(options.warmup, options.steps, options.rounds)
     what, workers = options.what.split(","), options.workers.split(",")
     if min(counts) < 1 or not set(what) <= {"loading", "options"} or not all(text.isdecimal() for text in workers):
@@ -364,16 +202,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep_freed_memory()
     if options.malloc_child:
         print(Step(build_classifier(recipe(None), 100), recipe(None), bf16=True).rate(counts))
-        return
+        return 0
     if "loading" in what and options.data_dir is None:
         parser.error("loading needs --data-dir, the folder with cifar-100-python; or choose --what options")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    narrow, usual, wide = (recipe(options.data_dir, **changes) for changes in (NARROW, {}, WIDE))
+    facts = machine(["python", "tools/bench_training.py", *words])
+
+    def work_on() -> None:
+        groups = compare_all(what, options.data_dir, [int(count) for count in workers], counts)
+        figures = {"facts": facts, "settings": counts._asdict(), "groups": [group.figures() for group in groups]}
+        text = report(groups, facts, counts)
+        write_json(options.out / "training-speed.json", figures)
+        write_text(options.out / "training-speed.md", text)
+        print(text)
+
+    return exit_code("bench_training.py", work_on, kept="nothing is written")
+
+
+def compare_all(what: Sequence[str], data_dir: Path | None, workers: list[int], counts: Counts) -> list[Group]:
+    """The groups of --what, in the order of the report."""
+    narrow, usual, wide = (recipe(data_dir, **changes) for changes in (NARROW, {}, WIDE))
     groups: list[Group] = []
     if "loading" in what:
         corpus = open_corpus(usual.data)
         pictures = torchvision_pictures(corpus.manifest.root, build_classifier(usual, len(corpus.classes)))
-        rest = corpus, pictures, [int(count) for count in workers], counts
+        rest = corpus, pictures, workers, counts
         groups += [compare_loading(f"Training, {size(config)}", config, *rest) for config in (narrow, usual)]
         groups.append(compare_loading("Loading alone", usual, *rest, alone=True))
     if "options" in what:
@@ -383,17 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 groups.append(compare_options(f"Training step, {size(c)}", option_steps(c, 100), counts))
         if platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available():
             groups.append(compare_malloc(f"bf16 training step in its own process, {size(usual)}", counts))
-    known = facts([sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)])
-    text = report(groups, known, counts)
-    figures = {"facts": known, "settings": counts._asdict(), "groups": [group.figures() for group in groups]}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "training-speed.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    (options.out / "training-speed.md").write_text(text, encoding="utf-8")
-    print(text)
+    return groups
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VideogruError as error:
-        raise SystemExit(f"bench_training.py: {error}") from None
+    sys.exit(main())

@@ -29,7 +29,7 @@ X264 = "keyint=infinite:min-keyint=infinite:scenecut=0:bframes=0:threads=1"
 
 def main() -> int:
     """Build, verify, and write manifest.csv; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--grid", type=Path, required=True, help="folder with digits.csv and videos/")
     parser.add_argument("--out", type=Path, required=True, help="folder that gets clips/ and manifest.csv")
     parser.add_argument("--context", type=float, default=0.12, help="seconds kept before and after the digit")

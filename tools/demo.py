@@ -41,7 +41,9 @@ def write_scan(row: int, path: Path) -> str:
 
 def main() -> None:
     """Run the demo in the current folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--epochs", type=int, help="fewer than the recipe's, for a quick look")
     parser.add_argument("--scan", type=Path, default=Path("scan.nii.gz"), help="where the example volume is written")
     options = parser.parse_args()

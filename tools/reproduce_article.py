@@ -21,10 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from article import NETS, Parser, cifar_folder, flat_settings, published, run_folder, seeds_of
+from article import NETS, cifar_folder, flat_settings, run_folder, seeds_of
+from measuring import INTERRUPTED, Parser, exit_code
 
 from videogru.config import Config, parse_assignments
-from videogru.errors import ConfigError, DataError, VideogruError
+from videogru.errors import ConfigError, DataError
 from videogru.runs import run_config, settings_for_training
 from videogru.training.callbacks import STATE_FILE
 
@@ -40,7 +41,6 @@ BUDGETS: dict[str, dict[str, str]] = {
 }
 RECIPE = "cifar100-article"
 VIDEOGRU = (sys.executable, "-m", "videogru")
-INTERRUPTED = 130
 _STOPPED = (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT)
 
 
@@ -191,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--minutes must not be negative")
     work = (options.work or Path("runs") / f"article-{options.budget}").resolve()
     command = ["python", "tools/reproduce_article.py", *words]
-    try:
+
+    def work_on() -> int:
         data = cifar_folder(options.data_dir)
         if options.only != "measure":
             code = train_all(options.budget, work, data, options.seeds, options.minutes, shlex.join(command))
@@ -199,11 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return code
         from article_table import measure, write_table  # the training needs nothing of it
 
-        write_table(options.out, measure(options.budget, work, options.seeds, published(command)))
+        write_table(options.out, measure(options.budget, work, options.seeds, command))
         return 0
-    except VideogruError as error:
-        print(f"reproduce_article.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+
+    return exit_code("reproduce_article.py", work_on, kept="run me again to go on")
 
 
 if __name__ == "__main__":
