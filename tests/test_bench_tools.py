@@ -24,7 +24,7 @@ from videogru.config import Config
 from videogru.data.datamodule import CorpusModule
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
-from videogru.models.classifier import Classifier
+from videogru.models.encoder import Encoder
 from videogru.training.fit import build_classifier
 
 LINUX = pytest.mark.skipif(
@@ -140,15 +140,16 @@ def test_loading_is_compared(corpus: Corpus, pictures: TensorDataset, alone: boo
 
 
 @pytest.fixture(autouse=True)
-def untouched(monkeypatch: pytest.MonkeyPatch) -> list[Classifier | None]:
+def untouched(monkeypatch: pytest.MonkeyPatch) -> list[Encoder | None]:
     """No compiler runs, and malloc stays as it is; what would have been compiled, and None where malloc was set."""
-    calls: list[Classifier | None] = []
-    monkeypatch.setattr(bench_training, "compile_encoder", lambda classifier, _: calls.append(classifier))
+    calls: list[Encoder | None] = []
+    monkeypatch.setattr(bench_training, "check_compiles", lambda model, device: None)
+    monkeypatch.setattr(Encoder, "compile", lambda encoder: calls.append(encoder))
     monkeypatch.setattr(bench_training, "keep_freed_memory", lambda: calls.append(None))
     return calls
 
 
-def test_options_differ_in_what_they_say_only(untouched: list[Classifier | None]) -> None:
+def test_options_differ_in_what_they_say_only(untouched: list[Encoder | None]) -> None:
     config = tiny(model__dropout=0.0, model__input_dropout=0.0)
     steps = bench_training.option_steps(config, 3)
     losses, innermost = {}, {}
@@ -157,7 +158,7 @@ def test_options_differ_in_what_they_say_only(untouched: list[Classifier | None]
         convolution = next(m for m in layers.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3))
         innermost[name] = [tensor_is_channels_last(convolution.weight)]
         if "compiled" in name:
-            assert untouched == [step.classifier]
+            assert untouched == [step.classifier.encoder]
             continue
         layers.register_forward_hook(
             lambda _, inputs, maps, seen=innermost[name]: seen.extend(map(tensor_is_channels_last, (inputs[0], maps)))
@@ -206,7 +207,7 @@ def test_bench_training_writes_both_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    untouched: list[Classifier | None],
+    untouched: list[Encoder | None],
 ) -> None:
     real = bench_training.option_steps
     monkeypatch.setattr(bench_training, "option_steps", lambda *_: dict(list(real(tiny(), 3).items())[:2]))

@@ -37,7 +37,6 @@ from article import (
 )
 from measuring import (
     Parser,
-    atomic_path,
     exit_code,
     machine,
     machine_sentence,
@@ -52,6 +51,7 @@ from torchvision.transforms.functional import gaussian_blur
 from videogru.data.layouts import Corpus
 from videogru.errors import DataError
 from videogru.inference.predict import Predictor
+from videogru.inference.predictions import atomic_path
 from videogru.modelfile import MODEL_FILE_NAME
 
 # Occlusion: share of the area; noise: sd of values in 0..1; blur: sd in pixels.

@@ -43,7 +43,7 @@ from videogru.data.datamodule import CorpusModule
 from videogru.data.layouts import Corpus, open_corpus
 from videogru.models.classifier import Classifier
 from videogru.resources import resource_dir
-from videogru.training.compiling import compile_encoder
+from videogru.training.compiling import check_compiles
 from videogru.training.fit import build_classifier
 from videogru.training.memory import keep_freed_memory
 
@@ -113,7 +113,8 @@ def option_steps(config: Config, classes: int) -> dict[str, Step]:
     plain, *others = (build_classifier(config, classes) for _ in range(4))
     plain.__class__ = Contiguous
     plain.encoder.to(memory_format=torch.contiguous_format)
-    compile_encoder(others[2], "cuda" if torch.cuda.is_available() else "cpu")
+    check_compiles(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    others[2].encoder.compile()
     return {
         "fp32, contiguous": Step(plain, config, bf16=False),
         "fp32, channels_last": Step(others[0], config, bf16=False),

@@ -9,8 +9,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from rich.console import Console
 from rich.progress import track
 
-from videogru.errors import DataError, VideogruError
-from videogru.inference.predictions import atomic_text
+from videogru.errors import VideogruError
+from videogru.inference.predictions import atomic_path, atomic_text
 
 INTERRUPTED = 130
 _Item = TypeVar("_Item")
@@ -188,24 +187,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all; NaN is no JSON. Raises DataError where it cannot be written."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its name when it is complete; folders above it are made.
-
-    Raises DataError where it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield part
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot be written: {error.strerror or error}", where=path) from error
 
 
 def write_picture(path: Path, figure: Any) -> None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from article import NETS, cifar_folder, flat_settings, run_folder, seeds_of
@@ -27,7 +28,7 @@ from measuring import INTERRUPTED, Parser, exit_code
 from videogru.config import Config, parse_assignments
 from videogru.errors import ConfigError, DataError
 from videogru.runs import run_config, settings_for_training
-from videogru.training.callbacks import STATE_FILE
+from videogru.training.callbacks import STATE_FILE, stop_signals
 
 # cpu: about 4 minutes for a ResNet and 8 with a recurrent part on 2 quiet cores; gpu: the recipe as it stands.
 BUDGETS: dict[str, dict[str, str]] = {
@@ -55,21 +56,11 @@ class Stopper:
         self.asked = 0
         self.child: subprocess.Popen[bytes] | None = None
 
-    def ask(self, number: int = signal.SIGTERM, frame: object = None) -> None:
+    def ask(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
         """Stop after the step in progress; asked again, the training ends at once."""
         self.asked += 1
         if self.child is not None:
             self.child.terminate()
-
-    @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Take the two signals."""
-        before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def due(self) -> bool:
         """Nothing more may be started."""
@@ -108,7 +99,7 @@ def train_all(budget: str, work: Path, data: Path, seeds: Sequence[int], minutes
     for net, seed in jobs:
         check_settings(run_folder(work, net, seed), wanted_config(budget, net, seed, data))
     stopper = Stopper(minutes)
-    with locked(work) as lock, stopper.listen():
+    with locked(work) as lock, stop_signals(stopper.ask):
         for number, (net, seed) in enumerate(jobs, start=1):
             run = run_folder(work, net, seed)
             if (run / "evaluation-test.json").is_file():

@@ -37,7 +37,7 @@ from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
 from videogru.training.callbacks import STATE_FILE, check_resumable
-from videogru.training.fit import Trained, build_classifier, fit
+from videogru.training.fit import Trained, fit, trainable_classifier
 
 Say = Callable[[str], None]
 
@@ -120,7 +120,7 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
     for note in corpus.notes:
         say(f"note: {note}")
     # Settings that do not fit together must not leave a run folder behind.
-    build_classifier(config, len(corpus.classes))
+    trainable_classifier(config, corpus)
     if corpus.kind == "video":
         check_decoder(config.data.decoder)
     _check_names(corpus)

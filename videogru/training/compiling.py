@@ -1,18 +1,17 @@
-"""torch.compile for the encoder, the part of the model that is one graph."""
+"""Whether torch.compile serves the encoder here."""
 
 import torch
 
+from videogru.config import ModelConfig
 from videogru.errors import ConfigError
-from videogru.models.classifier import Classifier
 
 
-def compile_encoder(classifier: Classifier, device: torch.device | str) -> None:
-    """Have the encoder compiled at its first call; names of tensors and the model file stay as they are.
+def check_compiles(model: ModelConfig, device: torch.device | str) -> None:
+    """Raises ConfigError where nothing can be compiled on `device`: a CPU takes a C++ compiler, a GPU Triton.
 
-    Raises ConfigError where nothing can be compiled on `device` (on a CPU that takes a C++ compiler, on a GPU Triton),
-    and for `sweeps`, whose recurrent layers would break the graph into pieces.
+    And for `sweeps`, whose recurrent layers would break the graph into pieces.
     """
-    if classifier.config.encoder == "sweeps":
+    if model.encoder == "sweeps":
         raise ConfigError(
             "the encoder sweeps is made of recurrent layers, which torch.compile leaves as they are",
             where="train.compile",
@@ -29,7 +28,6 @@ def compile_encoder(classifier: Classifier, device: torch.device | str) -> None:
             hint="Train without it (--set train.compile=false), or install a C++ compiler "
             "(Debian: apt install g++; for a GPU also pip install triton).",
         ) from error
-    classifier.encoder.compile()
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ from videogru.errors import ConfigError, DataError, Interrupted
 from videogru.modelfile import MODEL_FILE_NAME, ModelCard, make_card, write_model
 from videogru.models.classifier import Classifier
 from videogru.training.callbacks import STATE_FILE, BadFiles, SaveState, Scores
-from videogru.training.compiling import compile_encoder
+from videogru.training.compiling import check_compiles
+from videogru.training.groups import muon_groups
 from videogru.training.memory import keep_freed_memory
 from videogru.training.task import SequenceTask
 
@@ -59,29 +60,43 @@ def build_classifier(config: Config, num_classes: int) -> Classifier:
     )
 
 
+def trainable_classifier(config: Config, corpus: Corpus) -> Classifier:
+    """A fresh classifier, after all that can be refused before a run folder is made and an hour spent.
+
+    Raises DataError where there are no training rows, ConfigError where the settings do not fit together, the data or
+    the machine.
+    """
+    train = config.train
+    if not len(corpus.manifest.rows("train")):
+        raise DataError("no training rows", where=corpus.name)
+    if train.early_stopping and not len(corpus.manifest.rows("val")):
+        raise ConfigError(
+            "train.early_stopping needs validation rows, and there are none",
+            hint="Hold some out: --set data.val_fraction=0.1",
+        )
+    classifier = build_classifier(config, len(corpus.classes))
+    if train.optimizer == "muon":
+        muon_groups(classifier, muon_lr=train.muon_lr, lr=train.lr, weight_decay=train.weight_decay)
+    if train.compile:
+        check_compiles(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    return classifier
+
+
 def fit(
     config: Config, corpus: Corpus, run: Path, *, resume: bool, progress: bool, say: Callable[[str], None]
 ) -> Trained:
     """Train and leave model.safetensors, metrics.csv, last.ckpt and TensorBoard logs in `run`.
 
     config: resolved for the corpus's kind; resume: go on from last.ckpt; progress: draw a bar. Ctrl-C and SIGTERM save
-    and raise Interrupted. Raises DataError where there are no training rows or too many bad files, ConfigError where
-    the settings do not fit together.
+    and raise Interrupted. Raises DataError where too many files are bad, and what `trainable_classifier` raises.
     """
     train = config.train
     rows = corpus.manifest.rows("train")
-    if not len(rows):
-        raise DataError("no training rows", where=corpus.name)
     random.seed(train.seed)
     np.random.seed(train.seed % 2**32)
-    classifier = build_classifier(config, len(corpus.classes))
+    classifier = trainable_classifier(config, corpus)
     if train.gradient_checkpointing:
         classifier.use_checkpointing(train.checkpoint_steps)
-    if train.early_stopping and not len(corpus.manifest.rows("val")):
-        raise ConfigError(
-            "train.early_stopping needs validation rows, and there are none",
-            hint="Hold some out: --set data.val_fraction=0.1",
-        )
     steps = len(EpochBatches(rows, batch_size=train.batch_size, seed=0, epoch=lambda: 0))
     bad = BadFiles(run, lambda row: str(corpus.manifest.sources[row]), limit=config.data.max_bad, say=say)
     counts = np.bincount(corpus.manifest.labels[rows], minlength=len(corpus.classes)).tolist()
@@ -100,7 +115,7 @@ def fit(
     state = SaveState(run, say=say)
     callbacks.append(state)
     if train.compile:
-        compile_encoder(classifier, "cuda" if torch.cuda.is_available() else "cpu")
+        classifier.encoder.compile()  # in place: names of tensors and the model file stay as they are
     if not torch.cuda.is_available():
         keep_freed_memory()
     started = time.monotonic()
