@@ -8,6 +8,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from command_line import KINDS, QUICK, videogru
 
 torch.set_num_threads(1)
 
@@ -27,3 +28,27 @@ def shared_data() -> Path:
 def repository() -> Path:
     """The root of the checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three class folders of small sources, and a trained run of each kind."""
+    place = tmp_path_factory.mktemp("workshop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for kind, (suffix, write) in KINDS.items():
+            for label, flag in (("a", True), ("b", False)):
+                folder = place / f"{kind}s" / label
+                folder.mkdir(parents=True)
+                for number in range(10):
+                    write(folder / f"{number}{suffix}", flag, number + 100 * flag)
+            size = ("--set", "data.frame_size=32", "--set", "data.num_frames=6", "--batch-size", "6")
+            done = videogru("train", "--dataset", f"{kind}s", *QUICK, *size)
+            assert done.code == 0, done.err
+    return place
+
+
+@pytest.fixture
+def there(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(workshop)
+    return workshop
