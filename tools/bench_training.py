@@ -3,10 +3,10 @@
     python tools/bench_training.py --data-dir ~/.cache/videogru/cifar100 --out results
     python tools/bench_training.py --what options --steps 30 --rounds 3 --out results
 
-loading: whole training loops (order, fetch, flip and shift, forward, backward, optimizer step) of configs/cifar100.yaml
-with `--seq rows`, and the loading alone. options: the training step alone on a batch of noise. All contenders alternate
-in each round, so that the machine's load meets all of them; each turn begins with steps that are not counted: workers
-start, and what they had read ahead is used up. Writes training-speed.json and .md.
+loading: whole training loops (order, fetch, flip and shift, forward, backward, optimizer step) of two small models and
+of configs/cifar100.yaml, and the loading alone. options: the training step alone on a batch of noise. All contenders
+alternate in each round, so that the machine's load meets all of them; each turn begins with steps that are not counted:
+workers start, and what they had read ahead is used up. Writes training-speed.json and .md.
 """
 
 import argparse
@@ -47,8 +47,11 @@ from videogru.training.compiling import check_compiles
 from videogru.training.fit import build_classifier
 from videogru.training.memory import keep_freed_memory
 
-NARROW = {"model.encoder_width": 8, "model.hidden_size": 32}
-WIDE = {"model.encoder_width": 64}
+# Changes to the recipe. Muon wants convolutions behind the first, which the smallest net does not have.
+_SMALL: dict[str, object] = {"model.seq": "rows", "model.hidden_size": 32, "train.optimizer": "adamw"}
+TINY: dict[str, object] = {**_SMALL, "model.encoder": "pixels", "model.encoder_width": 1, "model.cell": "mingru"}
+NARROW: dict[str, object] = {**_SMALL, "model.encoder": "small", "model.encoder_width": 8}
+RESIDUAL: dict[str, object] = {"model.encoder": "small", "model.encoder_width": 64}
 PADDING = 4  # pixels on each side: the recipe's translate of 0.125 at 32 pixels
 # Names of glibc's tunables, MALLOC_..._: what is freed then stays with the process.
 KEEP_MEMORY = {"MMAP_THRESHOLD": 4294967296, "TRIM_THRESHOLD": 17179869184, "TOP_PAD": 268435456}
@@ -154,23 +157,24 @@ def compare_malloc(title: str, counts: Counts) -> Group:
     return alternate(title, [(row, turn) for row in rows], counts.rounds)
 
 
-def recipe(data_dir: Path | None, **model: object) -> Config:
-    """configs/cifar100.yaml with `--seq rows`, and changes to it."""
+def recipe(data_dir: Path | None, **changes: object) -> Config:
+    """configs/cifar100.yaml in batches of 128 and without CutMix, no transform of one image; then `changes`."""
     path = resource_dir("configs") / "cifar100.yaml"
-    given = {"data.dataset": "cifar100", "data.data_dir": data_dir, "model.seq": "rows", **model}
-    config = resolve_config((str(path), read_settings_file(path)), ("benchmark", given))
+    given = {"data.dataset": "cifar100", "data.data_dir": data_dir, "data.augment.cutmix": 0.0, "train.batch_size": 128}
+    config = resolve_config((str(path), read_settings_file(path)), ("benchmark", given | changes))
     return config.model_copy(update={"data": config.data.for_kind("image")})
 
 
 def size(config: Config) -> str:
     """The model in words."""
-    return f"encoder {config.model.encoder} of width {config.model.encoder_width}, {config.model.hidden_size} units"
+    model = config.model
+    return f"encoder {model.encoder} of width {model.encoder_width}, {model.seq}, {model.cell} of {model.hidden_size}"
 
 
 def report(groups: Sequence[Group], facts: Mapping[str, object], counts: Counts) -> str:
     """All tables in Markdown."""
     text = (
-        f"CIFAR-100, batches of 128, `--seq rows`. Median (least to greatest) over {counts.rounds} rounds of "
+        f"CIFAR-100, batches of 128. Median (least to greatest) over {counts.rounds} rounds of "
         f"{counts.steps} steps, after {counts.warmup} uncounted ones each; contenders alternate within a round, and "
         "ratios are taken within it. Training: our data and torchvision's go through the same Lightning loop (no "
         f"logs, no checkpoints) to the same model; torchvision's transforms are RandomCrop with {PADDING} pixels, "
@@ -222,18 +226,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare_all(what: Sequence[str], data_dir: Path | None, workers: list[int], counts: Counts) -> list[Group]:
     """The groups of --what, in the order of the report."""
-    narrow, usual, wide = (recipe(data_dir, **changes) for changes in (NARROW, {}, WIDE))
+    tiny, narrow, usual, residual = (recipe(data_dir, **changes) for changes in (TINY, NARROW, {}, RESIDUAL))
     groups: list[Group] = []
     if "loading" in what:
         corpus = open_corpus(usual.data)
         pictures = torchvision_pictures(corpus.manifest.root, build_classifier(usual, len(corpus.classes)))
         rest = corpus, pictures, workers, counts
-        groups += [compare_loading(f"Training, {size(config)}", config, *rest) for config in (narrow, usual)]
+        groups += [compare_loading(f"Training, {size(config)}", config, *rest) for config in (tiny, narrow, usual)]
         groups.append(compare_loading("Loading alone", usual, *rest, alone=True))
     if "options" in what:
         # Without what was compiled before, as its note is to say how long that takes.
         with tempfile.TemporaryDirectory() as os.environ["TORCHINDUCTOR_CACHE_DIR"]:
-            for c in (usual, wide):
+            for c in (usual, residual):
                 groups.append(compare_options(f"Training step, {size(c)}", option_steps(c, 100), counts))
         if platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available():
             groups.append(compare_malloc(f"bf16 training step in its own process, {size(usual)}", counts))

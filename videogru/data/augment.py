@@ -18,7 +18,8 @@ from videogru.shapes import BatchFrames, ClipFrames, Lengths
 
 # Separate streams, so that switching one use off leaves the others as they were.
 _SAMPLING, _PICTURE, _NOISE, _VOLUME, _MIX = range(5)
-_PICTURE_DRAWS = 12
+_PICTURE_DRAWS, _MIX_DRAWS = 12, 4
+_BLOCK = 1024  # rows whose draws are made at once
 
 
 def sampling_draws(seed: int, epoch: int, index: int, count: int) -> NDArray[np.float64]:
@@ -35,9 +36,7 @@ def augment_batch(
     """
     if not _changes(config):
         return _unit_range(frames)
-    draws = torch.from_numpy(
-        np.stack([np.random.default_rng((seed, epoch, index, _PICTURE)).random(_PICTURE_DRAWS) for index in indices])
-    ).to(frames.device, torch.float32)
+    draws = _batch_draws(seed, epoch, _PICTURE, indices, _PICTURE_DRAWS).to(frames.device, torch.float32)
     turned = config.rotate_degrees or config.scale
     frames = _move(_unit_range(frames), config, draws) if turned else _unit_range(_shift(frames, config, draws))
     if config.contrast or config.brightness:
@@ -54,6 +53,20 @@ def augment_batch(
     return frames * valid[:, :, None, None, None]
 
 
+def _batch_draws(seed: int, epoch: int, stream: int, indices: list[int], count: int) -> torch.Tensor:
+    """(B count) numbers in [0, 1), float64: a row for each index, whatever the others are.
+
+    A generator of its own for every clip takes thirty times as long, more than a small model's step on a GPU.
+    """
+    rows = [_block_draws(seed, epoch, stream, index // _BLOCK, count)[index % _BLOCK] for index in indices]
+    return torch.from_numpy(np.stack(rows))
+
+
+@lru_cache(maxsize=256)
+def _block_draws(seed: int, epoch: int, stream: int, block: int, count: int) -> NDArray[np.float64]:
+    return np.random.default_rng((seed, epoch, block, stream)).random((_BLOCK, count))
+
+
 def _changes(config: AugmentConfig) -> bool:
     """Whether a clip alone is changed; mixing clips is another matter."""
     return config.model_copy(update={"cutmix": 0.0}) != AugmentConfig()
@@ -67,9 +80,7 @@ def mix_batch(batch: SequenceBatch, *, probability: float, seed: int, epoch: int
     frames, labels = batch.frames, batch.labels
     if not probability or labels is None or len(batch) < 2:
         return batch
-    draws = torch.from_numpy(
-        np.stack([np.random.default_rng((seed, epoch, i, _MIX)).random(4) for i in batch.indices.tolist()])
-    ).to(frames.device, torch.float32)
+    draws = _batch_draws(seed, epoch, _MIX, batch.indices.tolist(), _MIX_DRAWS).to(frames.device, torch.float32)
     height, width = frames.shape[-2:]
     chosen = (draws[:, 0] < probability) & (batch.lengths == batch.lengths.roll(-1))
     half = draws[:, 1].sqrt() / 2  # the area is uniform: Beta(1, 1)
