@@ -1,5 +1,6 @@
 """Stills: every Pillow mode, orientation tags, and files that are refused."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,40 @@ def test_sixteen_bits_keep_their_full_range(tmp_path: Path) -> None:
         assert read(tmp_path / name)[..., 2].tolist() == [[0, 1, 255, 128, 4]]
 
 
+def tiff(path: Path, values: np.ndarray, *, bits: int, photometric: int) -> None:
+    """One uncompressed strip of gray, packed by hand (TIFF 6.0, sections 2, 3 and 9)."""
+    height, width = values.shape
+    places = np.arange(bits - 1, -1, -1)
+    packed = np.packbits((values[..., None] >> places & 1).astype(np.uint8).reshape(height, -1), axis=1)
+    strip = (packed if bits % 8 else values.astype("<u2")).tobytes()  # whole bytes come in the file's byte order
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + directory)
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "truth"),
+    [(12, 1, [0, 255, 85, 51]), (16, 1, [0, 255, 85, 51]), (16, 0, [255, 0, 170, 204])],
+)
+def test_tiffs_of_other_depths_and_with_white_at_zero(
+    tmp_path: Path, bits: int, photometric: int, truth: list[int]
+) -> None:
+    largest = 2**bits - 1
+    tiff(tmp_path / "a.tif", np.array([[0, largest, largest // 3, largest // 5]]), bits=bits, photometric=photometric)
+    assert read(tmp_path / "a.tif")[0, :, 0].tolist() == truth
+
+
+def test_the_transparent_gray_of_sixteen_bits_is_white(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 257, 258, 65535]], np.uint16)).save(tmp_path / "a.png", transparency=257)
+    assert read(tmp_path / "a.png")[..., 0].tolist() == [[0, 255, 1, 255]]
+
+
+def test_damaged_tags_do_not_warn(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03")
+    assert read(tmp_path / "a.jpg").shape == RGB.shape
+
+
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_orientation_tags(tmp_path: Path, tag: int) -> None:
     # Exif 2.3, 4.6.4: where row 0 and column 0 of the stored image lie.
@@ -90,13 +125,16 @@ def test_orientation_tags(tmp_path: Path, tag: int) -> None:
     exif[0x0112] = tag
     Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read(tmp_path / "a.png"), shown[tag])
+    # Raw pixels of one channel, which Pillow maps into memory where it is given a name.
+    Image.fromarray(RGB[..., 0].copy()).save(tmp_path / "a.tif", exif=exif)
+    assert np.array_equal(read(tmp_path / "a.tif")[..., 0], shown[tag][..., 0])
 
 
 def test_more_than_one_image_is_refused(tmp_path: Path) -> None:
     pages = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
     for name in ("a.tif", "a.png", "a.webp"):
         pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
-        with pytest.raises(SourceError, match="holds 2 images"):
+        with pytest.raises(SourceError, match="holds several images"):
             open_image(tmp_path / name)
 
 

@@ -1,4 +1,6 @@
+import errno
 import hashlib
+import os
 import pickle
 from pathlib import Path
 
@@ -66,6 +68,20 @@ def test_of_a_header_and_image_pair_one_is_listed(tmp_path: Path) -> None:
     corpus = opened(tmp_path)
     assert corpus.kind == "volume"
     assert corpus.manifest.sources.tolist() == ["a/x.hdr", "b/y.img", "b/z.nii.gz"]
+
+
+def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a/1.png", "a/more/2.png", "b/1.png")
+    scan = os.scandir
+
+    def scandir(place: str) -> object:
+        if Path(place).name == "more":
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"a/more: cannot be listed: Permission denied"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from videogru.config import Kind
+from videogru.errors import DataError
 from videogru.sequence import Unit
 
 SUFFIXES: dict[Kind, frozenset[str]] = {
@@ -35,10 +36,14 @@ def kind_of_name(name: str) -> Kind | None:
 def media_files(folder: Path, ignored: Counter[str] | None = None) -> list[Path]:
     """Files of any known kind below a folder, sorted; nothing hidden, and of a header and image pair only the header.
 
-    ignored: counts the suffixes of the other files.
+    ignored: counts the suffixes of the other files. Raises DataError where a folder cannot be listed.
     """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot be listed: {error.strerror}", where=error.filename) from error
+
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         present = set(names)
         for name in sorted(names):

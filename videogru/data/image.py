@@ -8,7 +8,7 @@ from types import TracebackType
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from videogru.config import Kind
 from videogru.errors import SourceError
@@ -16,12 +16,14 @@ from videogru.sequence import Unit
 
 # No other of Pillow's readers (PostScript, ...) gets to see a user's file.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+_WHITE_IS_ZERO = 0  # TIFF 6.0, section 3, PhotometricInterpretation
 
 
 class StillImage:
     """A `FrameSource` with the one frame of an image as uint8 RGB (1 3 H W), turned upright by its EXIF tag.
 
-    Transparent pixels lie on white. 16-bit gray keeps its full range: 0..65535 becomes 0..255.
+    Transparent pixels lie on white. Gray of more than 8 bits keeps its full range: 0..65535 (of a 12-bit TIFF 0..4095)
+    becomes 0..255.
     """
 
     kind: Kind = "image"
@@ -35,12 +37,15 @@ class StillImage:
         self.pixel_aspect = 1.0
         self.details: dict[str, object] = {}
         try:
-            with warnings.catch_warnings():
+            # A named file of raw TIFF pixels would be mapped into memory, with rows as wide as it is after turning.
+            with warnings.catch_warnings(), path.open("rb") as file:
+                warnings.simplefilter("ignore", UserWarning)  # of tags that are damaged while the pixels are not
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path, formats=FORMATS) as image:
+                with Image.open(file, formats=FORMATS) as image:
                     self._check(image)
                     self.details = {"format": image.format, "mode": image.mode}
-                    pixels = np.array(_to_rgb(ImageOps.exif_transpose(image)))
+                    ImageOps.exif_transpose(image, in_place=True)
+                    pixels = np.array(_to_rgb(image))
         except SourceError:
             raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -78,17 +83,16 @@ class StillImage:
         self.close()
 
     def _check(self, image: Image.Image) -> None:
-        count = int(getattr(image, "n_frames", 1))
-        # The further pictures of an MPO (.jpg of phones) are previews and depth maps.
-        if count > 1 and image.format != "MPO":
+        # Not n_frames: it walks through all pages. The further pictures of an MPO (.jpg of phones) are previews.
+        if getattr(image, "is_animated", False) and image.format != "MPO":
             raise SourceError(
-                f"holds {count} images, not one", where=self.path, hint="Save the pages apart, or make it a video."
+                "holds several images, not one", where=self.path, hint="Save the pages apart, or make it a video."
             )
         if image.mode in ("I", "F"):
             raise SourceError(
-                f"has 32-bit pixels (mode {image.mode}), whose range is unknown",
+                f"has signed or 32-bit pixels (mode {image.mode}), whose range is unknown",
                 where=self.path,
-                hint="Save it with 8 or 16 bits, or as NIfTI.",
+                hint="Save it with 8 or 16 unsigned bits, or as NIfTI.",
             )
 
 
@@ -99,10 +103,22 @@ def open_image(path: Path) -> StillImage:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        gray = np.asarray(image).astype(np.float32) / 257
-        return Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_to_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
+    """Gray of up to 16 bits (H W), scaled by what Pillow leaves to us: a TIFF's depth and polarity, a PNG's tRNS."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    gray = np.rint(values.astype(np.float32) * (255 / (2**bits - 1))).astype(np.uint8)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
+        gray = 255 - gray
+    if "transparency" in image.info:
+        gray[values == image.info["transparency"]] = 255
+    return gray

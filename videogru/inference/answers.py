@@ -14,7 +14,7 @@ import numpy as np
 
 from videogru.config import Kind, resolve_config
 from videogru.data.frames import kind_of_name, media_files
-from videogru.errors import ConfigError, ModelFileError
+from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, atomic_text
 from videogru.modelfile import ModelCard, find_model, newest_model, read_card
@@ -78,7 +78,11 @@ def expand(asked: Sequence[str], kind: Kind, say: Say) -> list[tuple[str, str | 
             if not os.path.isdir(match):
                 inputs.setdefault(match, None)
                 continue
-            inside = media_files(Path(match))
+            try:
+                inside = media_files(Path(match))
+            except DataError as error:
+                inputs[match] = str(error)
+                continue
             fitting = [path for path in inside if kind_of_name(path.name) == kind]
             if not fitting:
                 inputs[match] = f"{match}: no {kind} files in this folder"
@@ -110,7 +114,10 @@ def _newest_fitting(asked: Sequence[str], say: Say) -> Path:
 
 def _first_kind(asked: Sequence[str]) -> Kind | None:
     for match in (match for text in asked for match in _matches(text)):
-        paths = media_files(Path(match)) if os.path.isdir(match) else [Path(match)]
+        try:
+            paths = media_files(Path(match)) if os.path.isdir(match) else [Path(match)]
+        except DataError:  # gets its row when the inputs are listed
+            continue
         kind = next((found for path in paths if (found := kind_of_name(path.name))), None)
         if kind is not None:
             return kind
