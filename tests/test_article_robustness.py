@@ -285,6 +285,10 @@ def test_answers_are_kept_for_the_same_weights_and_damage(place: Path, monkeypat
         assert asks() == ["resnet-seed0"]
         with np.load(cache) as arrays:
             assert np.array_equal(arrays["hits"], kept["hits"])
+    whole = cache.read_bytes()
+    for damaged in (b"", b"junk", whole[:100], whole[: len(whole) // 2], whole[:60] + bytes(20) + whole[80:]):
+        cache.write_bytes(damaged)
+        assert asks() == ["resnet-seed0"]
     monkeypatch.setattr(robustness, "DAMAGE_VERSION", robustness.DAMAGE_VERSION + 1)
     assert len(asks()) == 6
     assert asks() == []

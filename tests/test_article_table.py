@@ -115,9 +115,10 @@ def test_predictions_that_do_not_pair(trained: Path, capsys: pytest.CaptureFixtu
     other = "bed" if cells[2] != "bed" else "bear"
     for lines, said in (
         ([*kept[:7], ",".join([*cells[:2], other, *cells[3:]]), *kept[8:]], "other test rows or labels"),
-        ([*kept[:7], *kept[8:]], "other test rows or labels"),
-        ([*kept[:7], kept[8], kept[7], *kept[9:]], "not the whole test split in its order"),
-        ([*kept[:8], *kept[7:]], "not the whole test split in its order"),
+        ([*kept[:7], *kept[8:]], "not the whole test split of 100 in its order"),
+        ([*kept[:7], kept[8], kept[7], *kept[9:]], "not the whole test split of 100 in its order"),
+        ([*kept[:8], *kept[7:-1]], "not the whole test split of 100 in its order"),
+        (kept[:1], "not the whole test split of 100 in its order"),
         ([*kept[:7], ",".join([*cells[:3], "", "", "unread", *[""] * 100]) + "\n", *kept[8:]], "not the whole test"),
     ):
         file.write_text("".join(lines))
@@ -127,6 +128,24 @@ def test_predictions_that_do_not_pair(trained: Path, capsys: pytest.CaptureFixtu
     hits, seen = article_table._hits(file.parent)
     assert hits.tolist() == [line.split(",")[2] == line.split(",")[3] for line in kept[1:]]
     assert seen[0].tolist() == [int(line.split(",")[0]) for line in kept[1:]] and seen.shape == (2, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("evaluation-test.json", "no json"),
+        ("evaluation-test.json", "[]"),
+        ("metrics.csv", None),
+        ("metrics.csv", "epoch,seconds\n"),
+        ("metrics.csv", "epoch,step\n1,2\n"),
+        ("metrics.csv", "epoch,seconds\n1,soon\n"),
+    ],
+)
+def test_damaged_run_folders(trained: Path, name: str, content: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    file = trained / "work/gru-cnn-seed2" / name
+    file.unlink() if content is None else file.write_text(content)
+    error = told(trained, capsys)
+    assert str(file) in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -152,3 +152,11 @@ def test_files_are_whole_or_as_they_were(tmp_path: Path) -> None:
         measuring.write_picture(tmp_path / "file/c.png", Broken())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.json", "b.png", "file", "new"]
     assert json.loads((tmp_path / "new/a.json").read_text()) == {"x": [1.5, None]}
+
+
+def test_what_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def work() -> None:
+        (tmp_path / "absent").read_text()
+
+    assert measuring.exit_code("tool.py", work, kept="all") == 2
+    assert capsys.readouterr().err == f"tool.py: {tmp_path / 'absent'}: No such file or directory\n"

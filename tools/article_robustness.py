@@ -9,10 +9,12 @@ goes on where the first was stopped. Writes robustness.json, robustness.md and r
 import hashlib
 import math
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -155,10 +157,14 @@ def _kept(cache: Path, key: str, count: int) -> dict[str, NDArray[np.bool_]]:
     """What `_keep` wrote under the same key for as many images, else nothing."""
     if not cache.is_file():
         return {}
-    with np.load(cache, allow_pickle=False) as arrays:
-        if "key" not in arrays or str(arrays["key"]) != key or arrays["hits"].shape[1] != count:
-            return {}
-        return dict(zip(arrays["names"].tolist(), arrays["hits"], strict=True))
+    try:
+        with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if "key" not in arrays or str(arrays["key"]) != key or arrays["hits"].shape[1] != count:
+                return {}
+            return dict(zip(arrays["names"].tolist(), arrays["hits"], strict=True))
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, BadZipFile, zlib.error) as error:
+        print(f"{cache}: cannot be read ({type(error).__name__}); asking anew", file=sys.stderr)
+        return {}
 
 
 def _images(test: Corpus) -> NDArray[np.uint8]:
@@ -347,7 +353,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         print(f"written: {options.out / 'robustness'}.json, .md and .png")
 
-    return exit_code("article_robustness.py", work_on, kept="the answers so far are kept, run me again to go on")
+    return exit_code(
+        "article_robustness.py", work_on, kept="answers to whole conditions are kept, run me again to go on"
+    )
 
 
 if __name__ == "__main__":

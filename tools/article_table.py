@@ -99,16 +99,24 @@ def measure(budget: str, work: Path, seeds: Sequence[int], command: Sequence[str
 
 def _hits(run: Path) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Which test images a run got right, (N,), and its rows and labels, (2 N)."""
-    predictions = read_csv(run / "predictions-test.csv")
-    if predictions.failed.any() or (np.diff(predictions.rows) <= 0).any():
-        raise DataError("not the whole test split in its order", where=run / "predictions-test.csv")
+    predictions, evaluation = read_csv(run / "predictions-test.csv"), run / "evaluation-test.json"
+    try:
+        wanted = int(json.loads(evaluation.read_text(encoding="utf-8"))["total"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"no evaluation of a run ({type(error).__name__})", where=evaluation) from error
+    if predictions.failed.any() or (np.diff(predictions.rows) <= 0).any() or len(predictions.rows) != wanted:
+        raise DataError(f"not the whole test split of {wanted} in its order", where=run / "predictions-test.csv")
     return np.asarray(predictions.predicted == predictions.labels), np.stack((predictions.rows, predictions.labels))
 
 
 def _training_seconds(run: Path) -> float:
-    with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
-    return statistics.median(seconds) * len(seconds)
+    path = run / "metrics.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+        return statistics.median(seconds) * len(seconds)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # of no row the median is a ValueError
+        raise DataError(f"no log of a training ({type(error).__name__})", where=path) from error
 
 
 @torch.inference_mode()

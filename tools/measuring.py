@@ -39,13 +39,16 @@ class Parser(argparse.ArgumentParser):
 def exit_code(tool: str, work: Callable[[], int | None], *, kept: str) -> int:
     """What a tool ends with: the code of its work, of an error told in one line, or 130 after Ctrl-C.
 
-    kept: what an interrupt leaves, as that line says it.
+    kept: what an interrupt leaves, as that line says it. A file that the system refuses gives 2.
     """
     try:
         return work() or 0
     except VideogruError as error:
         print(f"{tool}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"{tool}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{tool}: stopped; {kept}", file=sys.stderr)
         return INTERRUPTED

@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=seeds_of, default=(0, 1, 2), help="default: 0,1,2")
     parser.add_argument("--only", choices=("train", "measure"), help="one half; measure takes what is there")
     options = parser.parse_args(words)
-    if options.minutes < 0:
+    if not options.minutes >= 0:  # nan is not either
         parser.error("--minutes must not be negative")
     work = (options.work or Path("runs") / f"article-{options.budget}").resolve()
     command = ["python", "tools/reproduce_article.py", *words]

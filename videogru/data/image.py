@@ -116,7 +116,7 @@ def _to_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
-    gray = np.rint(values.astype(np.float32) * (255 / (2**bits - 1))).astype(np.uint8)
+    gray: NDArray[np.uint8] = np.rint(values.astype(np.float32) * (255 / (2**bits - 1))).astype(np.uint8)
     if tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
         gray = 255 - gray
     if "transparency" in image.info:

@@ -222,9 +222,11 @@ def check_resumable(path: Path) -> None:
         torch.load(path, map_location="cpu", weights_only=True)
     # A cut file raises nearly anything.
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Not in torch's words, which advise to unpickle it.
         hint = f"Start anew: videogru train --config {path.parent / 'config.yaml'}"
-        raise DataError(f"the saved state cannot be read: {first}", where=path, hint=hint) from error
+        raise DataError(
+            f"the saved state is damaged or foreign ({type(error).__name__})", where=path, hint=hint
+        ) from error
 
 
 class BadFiles:
