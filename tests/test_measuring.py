@@ -117,7 +117,7 @@ def test_ends_of_a_tool(capsys: pytest.CaptureFixture[str]) -> None:
     assert measuring.exit_code("x.py", lambda: 7, kept="all") == 7
     assert capsys.readouterr().err == ""
     assert measuring.exit_code("x.py", lambda: fails(DataError("gone", where="a", hint="look")), kept="all") == 2
-    assert capsys.readouterr().err == "x.py: a: gone look\n"
+    assert capsys.readouterr().err == "x.py: a: gone. look\n"
     assert measuring.exit_code("x.py", lambda: fails(KeyboardInterrupt()), kept="all") == 130
     assert capsys.readouterr().err == "x.py: stopped; all\n"
     with pytest.raises(KeyError):

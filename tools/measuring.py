@@ -44,7 +44,7 @@ def exit_code(tool: str, work: Callable[[], int | None], *, kept: str) -> int:
     try:
         return work() or 0
     except VideogruError as error:
-        print(f"{tool}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{tool}: {'. '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         print(f"{tool}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)

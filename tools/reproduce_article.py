@@ -30,7 +30,7 @@ from videogru.errors import ConfigError, DataError
 from videogru.runs import run_config, settings_for_training
 from videogru.training.callbacks import STATE_FILE, stop_signals
 
-# cpu: about 4 minutes for a ResNet and 8 with a recurrent part on 2 quiet cores; gpu: the recipe as it stands.
+# cpu: about 4 minutes for a ResNet and 8 with a recurrent part on 2 quiet cores; gpu: the recipe, 40 epochs.
 BUDGETS: dict[str, dict[str, str]] = {
     "cpu": {
         "model.encoder": "small",

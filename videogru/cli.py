@@ -321,7 +321,7 @@ def _run() -> int:
             _say("interrupted")
         return code
     except VideogruError as error:
-        _say(f"error: {error}")
+        _say(str(error) if error.exit_code == 130 else f"error: {error}")
         return error.exit_code
     except MemoryError as error:
         _say(f"error: not enough memory ({error}); make data.num_frames, data.frame_size or train.batch_size smaller")
