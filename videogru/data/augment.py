@@ -56,7 +56,7 @@ def augment_batch(
 def _batch_draws(seed: int, epoch: int, stream: int, indices: list[int], count: int) -> torch.Tensor:
     """(B count) numbers in [0, 1), float64: a row for each index, whatever the others are.
 
-    A generator of its own for every clip takes thirty times as long, more than a small model's step on a GPU.
+    Not a generator for every clip: seeding one costs far more than drawing from it.
     """
     rows = [_block_draws(seed, epoch, stream, index // _BLOCK, count)[index % _BLOCK] for index in indices]
     return torch.from_numpy(np.stack(rows))
