@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from videogru.config import ModelConfig
+from videogru.config import ModelConfig, TrainConfig
 from videogru.errors import ConfigError
 from videogru.models.classifier import Classifier
 from videogru.training.groups import decay_groups, muon_groups
@@ -13,6 +13,9 @@ from videogru.training.groups import decay_groups, muon_groups
 def make(**settings) -> Classifier:
     config = ModelConfig(**{"encoder_width": 4, "hidden_size": 6, "seq": "grid", **settings})
     return Classifier(config, in_channels=3, frame_size=32, num_classes=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+MUON = TrainConfig(optimizer="muon", muon_lr=0.1, lr=0.01, weight_decay=0.5)
 
 
 def names(model: nn.Module, group: dict) -> set[str]:
@@ -51,7 +54,7 @@ def test_a_query_of_attention_rests_whatever_its_shape():
 
 def test_muon_steps_all_kernels_but_the_first():
     model = make(encoder="airbench")
-    kernels, *others = muon_groups(model, muon_lr=0.1, lr=0.01, weight_decay=0.5)
+    kernels, *others = muon_groups(model, MUON)
     wanted = {f"encoder.layers.stage{stage}.conv{number}.weight" for stage in (1, 2, 3) for number in (1, 2)}
     assert names(model, kernels) == wanted
     assert (kernels["muon"], kernels["lr"], kernels["weight_decay"]) == (True, 0.1, 0.5)
@@ -62,7 +65,7 @@ def test_muon_steps_all_kernels_but_the_first():
 
 def test_depthwise_kernels_are_no_matrices():
     model = make(encoder="mobilenet_v3_small")
-    kernels, *_ = muon_groups(model, muon_lr=0.1, lr=0.01, weight_decay=0.5)
+    kernels, *_ = muon_groups(model, MUON)
     depthwise = {
         f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1
     }  # fmt: skip
@@ -73,7 +76,25 @@ def test_depthwise_kernels_are_no_matrices():
 @pytest.mark.parametrize("encoder", ["pixels", "sweeps"])
 def test_without_kernels_muon_is_refused(encoder):
     with pytest.raises(ConfigError, match="this encoder has none"):
-        muon_groups(make(encoder=encoder), muon_lr=0.1, lr=0.01, weight_decay=0.0)
+        muon_groups(make(encoder=encoder), MUON)
+
+
+@pytest.mark.parametrize(("cell", "gates"), [("gru", 3), ("lstm", 4)])
+def test_muon_steps_gates_where_asked(cell, gates):
+    model = make(encoder="pixels", cell=cell, num_layers=2)
+    first, *others = muon_groups(model, MUON.model_copy(update={"muon_recurrent": True}))
+    assert names(model, first) == {
+        name for name, _ in model.named_parameters() if name.startswith("recurrent") and "weight_" in name
+    }
+    assert len(names(model, first)) == 8
+    assert (first["muon"], first["gates"]) == (True, gates)
+    rest = [name for group in others for name in names(model, group)]
+    assert sorted([*names(model, first), *rest]) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_gates_without_muon_are_refused():
+    with pytest.raises(ValueError, match=r"muon_recurrent needs train\.optimizer=muon"):
+        TrainConfig(muon_recurrent=True)
 
 
 def test_frozen_parameters_stay_out():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from videogru.config import TrainConfig
 from videogru.training.groups import muon_groups
 from videogru.training.muon import Muon, orthogonalize
 
@@ -35,6 +36,19 @@ def test_a_kernel_steps_as_its_matrix_of_outputs_by_all_else(memory_format):
     for parameter in (whole, flat):
         Muon([{"params": [parameter], "muon": True, "lr": 0.1, "weight_decay": 0.0}]).step()
     torch.testing.assert_close(whole.flatten(1), flat, rtol=0, atol=1e-6)
+
+
+def test_gates_step_each_as_a_matrix_of_its_own():
+    weight = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+    whole = nn.Parameter(weight.clone())
+    whole.grad = gradient.clone()
+    gates = [nn.Parameter(gate.clone()) for gate in weight.chunk(3)]
+    for gate, part in zip(gates, gradient.chunk(3), strict=True):
+        gate.grad = part.clone()
+    Muon([{"params": [whole], "muon": True, "gates": 3, "lr": 0.1, "weight_decay": 0.1}]).step()
+    Muon([{"params": gates, "muon": True, "lr": 0.1, "weight_decay": 0.1}]).step()
+    torch.testing.assert_close(whole.detach(), torch.cat([gate.detach() for gate in gates]), rtol=0, atol=1e-6)
 
 
 def test_everything_else_steps_as_with_adamw():
@@ -72,7 +86,7 @@ def test_a_saved_state_goes_on_exactly():
     def made() -> tuple[nn.Module, Muon]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 2))
-        return net, Muon(muon_groups(net, muon_lr=0.1, lr=0.01, weight_decay=0.1))
+        return net, Muon(muon_groups(net, TrainConfig(optimizer="muon", lr=0.01, weight_decay=0.1)))
 
     def train(net: nn.Module, optimizer: Muon, steps: range) -> None:
         for step in steps:

@@ -152,7 +152,8 @@ class TrainConfig(Settings):
     optimizer: Literal["adam", "adamw", "sgd", "muon"] = Field(
         "adam", description="muon: orthogonalized momentum for the convolutions, AdamW at `lr` for the rest"
     )
-    muon_lr: float = Field(0.1, gt=0, description="peak rate of the convolutions, for optimizer=muon")
+    muon_lr: float = Field(0.1, gt=0, description="peak rate of what muon steps")
+    muon_recurrent: bool = Field(False, description="muon also steps each gate of GRUs and LSTMs")
     weight_decay: float = Field(1e-4, ge=0)
     label_smoothing: Fraction = 0.1
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
@@ -181,6 +182,12 @@ class TrainConfig(Settings):
     def _compiled_or_recomputed(self) -> "TrainConfig":
         if self.compile and self.gradient_checkpointing:
             raise ValueError("train.compile and train.gradient_checkpointing do not go together: choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _gates_need_muon(self) -> "TrainConfig":
+        if self.muon_recurrent and self.optimizer != "muon":
+            raise ValueError(f"train.muon_recurrent needs train.optimizer=muon, not {self.optimizer}")
         return self
 
     @model_validator(mode="after")

@@ -76,7 +76,7 @@ def trainable_classifier(config: Config, corpus: Corpus) -> Classifier:
         )
     classifier = build_classifier(config, len(corpus.classes))
     if train.optimizer == "muon":
-        muon_groups(classifier, muon_lr=train.muon_lr, lr=train.lr, weight_decay=train.weight_decay)
+        muon_groups(classifier, train)
     if train.compile:
         check_compiles(config.model, "cuda" if torch.cuda.is_available() else "cpu")
     return classifier

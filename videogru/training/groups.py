@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from videogru.config import TrainConfig
 from videogru.errors import ConfigError
 
 
@@ -21,26 +22,42 @@ def decay_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[di
     return [group for group in groups if group["params"]]
 
 
-def muon_groups(model: nn.Module, *, muon_lr: float, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def muon_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Parameter groups for Muon: the kernels of all convolutions but the first, then those of `decay_groups`.
 
-    The first convolution reads pixels, not features; a depthwise one is no matrix, its channels do not meet. Raises
-    ConfigError where no kernel is left.
+    The first convolution reads pixels, not features; a depthwise one is no matrix, its channels do not meet. With
+    train.muon_recurrent also the gates of GRUs and LSTMs, each a matrix of its own. Raises ConfigError where nothing
+    is left.
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
     kernels = [m.weight for m in convolutions[1:] if m.groups == 1]
-    if not kernels:
+    gates = _gates(model) if config.muon_recurrent else {}
+    if not kernels and not gates:
         raise ConfigError(
             "muon steps the kernels of convolutions behind the first, and this encoder has none",
             where="train.optimizer",
-            hint="Use --set train.optimizer=adamw, or another encoder.",
+            hint="Use --set train.optimizer=adamw, another encoder, or --set train.muon_recurrent=true.",
         )
-    mine = {id(kernel) for kernel in kernels}
-    others = decay_groups(model, lr=lr, weight_decay=weight_decay)
+    mine = {id(weight) for weight in (*kernels, *(w for weights in gates.values() for w in weights))}
+    others = decay_groups(model, lr=config.lr, weight_decay=config.weight_decay)
     for group in others:
         group["params"] = [p for p in group["params"] if id(p) not in mine]
-    kernel_group = {"params": kernels, "muon": True, "lr": muon_lr, "weight_decay": weight_decay}
-    return [kernel_group, *(group for group in others if group["params"])]
+    orthogonal = [
+        {"params": weights, "muon": True, "gates": count, "lr": config.muon_lr, "weight_decay": config.weight_decay}
+        for count, weights in ((1, kernels), *gates.items())
+    ]
+    return [group for group in (*orthogonal, *others) if group["params"]]
+
+
+def _gates(model: nn.Module) -> dict[int, list[nn.Parameter]]:
+    """The weights of recurrent layers and cells by their number of gates."""
+    found: dict[int, list[nn.Parameter]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.startswith("weight") and parameter.requires_grad:
+                    found.setdefault(len(parameter) // module.hidden_size, []).append(parameter)
+    return found
 
 
 def _weights(model: nn.Module) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""Muon for the convolutions, AdamW for everything else, in one optimizer with one saved state."""
+"""Muon for convolutions and gates, AdamW for everything else, in one optimizer with one saved state."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -18,11 +18,12 @@ class Muon(torch.optim.Optimizer):
 
     The momentum of a weight, seen as a matrix (outputs x all else), is replaced by the nearest orthogonal one (Jordan
     et al. 2024, https://kellerjordan.github.io/posts/muon; for convolutions: Jordan 2024, arXiv:2404.00498, repository
-    airbench). torch.optim.Muon takes matrices only. Groups: params, muon, lr, weight_decay (decoupled).
+    airbench). torch.optim.Muon takes matrices only. Groups: params, muon, lr, weight_decay (decoupled), gates: a weight
+    is so many matrices, one below the other (3 in a GRU's).
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__(groups, {"muon": False, "lr": 1e-3, "weight_decay": 0.0})
+        super().__init__(groups, {"muon": False, "gates": 1, "lr": 1e-3, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -35,21 +36,22 @@ class Muon(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["muon"]:
                 for parameter in parameters:
-                    self._orthogonal_step(parameter, group["lr"], group["weight_decay"])
+                    self._orthogonal_step(parameter, group["gates"], group["lr"], group["weight_decay"])
             elif parameters:
                 self._adamw_step(parameters, group["lr"], group["weight_decay"])
         return loss
 
-    def _orthogonal_step(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
+    def _orthogonal_step(self, parameter: Tensor, gates: int, lr: float, weight_decay: float) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         momentum = state.setdefault("momentum", torch.zeros_like(parameter))
         momentum.lerp_(gradient, 1 - _MOMENTUM)
-        direction = gradient.lerp(momentum, _MOMENTUM).flatten(1)
+        matrices = gradient.lerp(momentum, _MOMENTUM).flatten(1).chunk(gates)
         # Tall matrices have longer orthogonal columns to make up for.
-        scale = math.sqrt(max(1.0, direction.shape[0] / direction.shape[1]))
+        scale = math.sqrt(max(1.0, matrices[0].shape[0] / matrices[0].shape[1]))
         parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(orthogonalize(direction).view(parameter.shape), alpha=-lr * scale)
+        direction = torch.cat([orthogonalize(matrix) for matrix in matrices])
+        parameter.add_(direction.view(parameter.shape), alpha=-lr * scale)
 
     def _adamw_step(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
         for parameter in parameters:

@@ -111,10 +111,7 @@ class SequenceTask(pl.LightningModule):
                 parameters, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
             )
         elif config.optimizer == "muon":
-            groups = muon_groups(
-                self.classifier, muon_lr=config.muon_lr, lr=config.lr, weight_decay=config.weight_decay
-            )
-            optimizer = Muon(groups)
+            optimizer = Muon(muon_groups(self.classifier, config))
         elif config.optimizer == "adam":
             optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
         else:
