@@ -39,8 +39,8 @@ def test_flags_grow_only_on_purpose() -> None:
             *("--dataset", "--data-dir", "--seq", "--encoder", "--config", "--epochs", "--batch-size", "--lr"),
             *("--devices", "--nodes", "--resume", "--seed", "--out", "--set"),
         ],
-        "eval": ["run_or_model", "--split", "--dataset", "--data-dir", "--device", "--out"],
-        "infer": ["paths", "--model", "--out", "--format", "--top-k", "--device", "--set"],
+        "eval": ["run_or_model", "--split", "--dataset", "--data-dir", "--views", "--device", "--out"],
+        "infer": ["paths", "--model", "--out", "--format", "--top-k", "--views", "--device", "--set"],
         "data list": [],
         "data info": ["name_or_folder", "--data-dir", "--set"],
     }

@@ -60,6 +60,11 @@ DataDirOption = Annotated[
 ]
 
 
+ViewsOption = Annotated[
+    str, typer.Option("--views", metavar="CLIPSxCROPS", help="Average over clips in time times crops, as 10x3.")
+]
+
+
 def _say(text: str) -> None:
     if "tqdm" in sys.modules:
         # A progress bar may be on the line; tqdm puts the text above it.
@@ -156,6 +161,7 @@ def train(
     epilog="[bold]Examples[/bold]\n\n"
     "videogru eval runs/adrenalmnist3d-0001\n\n"
     "videogru eval runs/clips-0001 --split val\n\n"
+    "videogru eval runs/clips-0001 --views 10x3\n\n"
     "videogru eval model.safetensors --dataset table.csv --out scores/",
 )
 def evaluate(
@@ -163,6 +169,7 @@ def evaluate(
     split: Annotated[SplitName, typer.Option(help="Rows to evaluate on.")] = SplitName.test,
     dataset: Annotated[str | None, typer.Option(help="Another data set than the model was trained on.")] = None,
     data_dir: DataDirOption = None,
+    views: ViewsOption = "1x1",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; default: in the run.", show_default=False)
@@ -170,9 +177,17 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a split: metrics with 95 % intervals, predictions, report."""
     from videogru import runs
+    from videogru.data.views import parse_views
 
     outcome = runs.evaluate_run(
-        run_or_model, split=split.value, dataset=dataset, data_dir=data_dir, device=device, out=out, say=_say
+        run_or_model,
+        split=split.value,
+        dataset=dataset,
+        data_dir=data_dir,
+        views=parse_views(views),
+        device=device,
+        out=out,
+        say=_say,
     )
     _show_outcome(outcome)
     if any(evaluation.failed for evaluation in outcome.evaluations.values()):
@@ -196,11 +211,13 @@ def infer(
         Format | None, typer.Option(help="Default: by the ending of --out, else table.", show_default=False)
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes named per input.")] = 1,
+    views: ViewsOption = "1x1",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     set_: SetOption = None,
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
     from videogru.config import parse_assignments
+    from videogru.data.views import parse_views
     from videogru.inference import answers
 
     by_ending = {".csv": Format.csv, ".jsonl": Format.jsonl}
@@ -211,6 +228,7 @@ def infer(
         out=out,
         form=chosen.value,
         top_k=top_k,
+        views=parse_views(views),
         device=device,
         settings=parse_assignments(set_ or []),
         progress=sys.stderr.isatty(),

@@ -29,6 +29,7 @@ from videogru.data.dataset import ClipDataset
 from videogru.data.describe import describe_corpus
 from videogru.data.layouts import Corpus, open_corpus
 from videogru.data.video import check_decoder
+from videogru.data.views import ONE_VIEW, Views, check_views
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.evaluate import Evaluation, evaluate
 from videogru.inference.predict import Predictor
@@ -205,6 +206,7 @@ def assess(
     splits: list[Split],
     commands: list[str],
     device: str = "auto",
+    views: Views = ONE_VIEW,
     say: Say,
 ) -> Outcome:
     """Predict the splits, write predictions, evaluations and the report (of the last split) into `run`.
@@ -225,7 +227,7 @@ def assess(
             )
         written = run / f"predictions-{split}.csv"
         predictor.predict(
-            corpus, rows, batch_size=config.train.batch_size, num_workers=config.train.num_workers
+            corpus, rows, batch_size=config.train.batch_size, num_workers=config.train.num_workers, views=views
         ).write_csv(written)
         # What is reported is what was written.
         said = read_csv(written)
@@ -300,9 +302,20 @@ def _typed(*words: object) -> str:
 
 
 def evaluate_run(
-    path: Path, *, split: Split, dataset: str | None, data_dir: Path | None, device: str, out: Path | None, say: Say
+    path: Path,
+    *,
+    split: Split,
+    dataset: str | None,
+    data_dir: Path | None,
+    views: Views,
+    device: str,
+    out: Path | None,
+    say: Say,
 ) -> Outcome:
-    """Evaluate a run or a model file on a split; results go to `out`, else into the run (or beside the model)."""
+    """Evaluate a run or a model file on a split; results go to `out`, else into the run (or beside the model).
+
+    views: clips times crops of each source, whose probabilities are averaged.
+    """
     model = find_model(path)
     card = read_card(model)
     run = path if path.is_dir() else path.parent
@@ -316,6 +329,7 @@ def evaluate_run(
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=update)})
     if dataset is not None and out is None:
         raise ConfigError("results on another data set do not belong into the run", hint="Name a folder: --out FOLDER")
+    check_views(views, card.data.for_kind(card.kind), card.kind)
     corpus = open_corpus(settings.data, seed=settings.data.split_seed, for_training=dataset is None)
     if corpus.kind != card.kind:
         raise ModelFileError(f"this model reads {card.kind}s, the data set holds {corpus.kind}s", where=model)
@@ -323,15 +337,21 @@ def evaluate_run(
         _check_splits(corpus, run)
     # The run's own files and report are those of the test split, or of val where there is none.
     usual = "test" if len(corpus.manifest.rows("test")) else "val"
-    target = out or (run if split == usual else run / f"eval-{split}")
+    plain = split == usual and views == ONE_VIEW
+    suffix = "" if views == ONE_VIEW else f"-{views[0]}x{views[1]}"
+    target = out or (run if plain else run / f"eval-{split}{suffix}")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"the output folder cannot be made: {error}", where=target) from error
     words: list[object] = ["eval", path, "--split", split]
+    words += [] if views == ONE_VIEW else ["--views", suffix[1:]]
     for flag, value in (("--dataset", dataset), ("--data-dir", data_dir), ("--out", out)):
         words += [] if value is None else [flag, value]
-    return assess(model, settings, corpus, target, splits=[split], commands=[_typed(*words)], device=device, say=say)
+    commands = [_typed(*words)]
+    return assess(
+        model, settings, corpus, target, splits=[split], commands=commands, device=device, views=views, say=say
+    )
 
 
 def _strip(corpus: Corpus, data: DataConfig, row: int) -> np.ndarray | None:

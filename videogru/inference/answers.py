@@ -14,6 +14,7 @@ import numpy as np
 
 from videogru.config import Kind, resolve_config
 from videogru.data.frames import kind_of_name, media_files
+from videogru.data.views import Views
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, atomic_text
@@ -33,14 +34,16 @@ def answer(
     form: str,
     top_k: int,
     device: str,
+    views: Views,
     settings: Mapping[str, Any],
     progress: bool,
     say: Say,
 ) -> int:
     """Classify what `asked` names and write it; returns how many inputs failed.
 
-    form: table, jsonl or csv; settings: dotted data.* keys that differ from the model's own. Raises ModelFileError
-    where no model fits, ConfigError for settings and outputs that cannot be used.
+    form: table, jsonl or csv; views: clips times crops of each input, whose probabilities are averaged; settings:
+    dotted data.* keys that differ from the model's own. Raises ModelFileError where no model fits, ConfigError for
+    settings and outputs that cannot be used.
     """
     if out is not None:
         _check_writable(out)
@@ -50,7 +53,7 @@ def answer(
     files = [path for path, problem in inputs if problem is None]
     predictor = Predictor.from_file(chosen, device=device, data=_data_settings(card, settings))
     with _Progress(len(files), shown=progress) as tick:
-        answered = iter(to_records(predictor.predict_paths(files, tick=tick), top_k=top_k))
+        answered = iter(to_records(predictor.predict_paths(files, views=views, tick=tick), top_k=top_k))
     records = [next(answered) if problem is None else _failed(path, problem) for path, problem in inputs]
     if out is None:
         print(_FORMS[form](records, sys.stdout.isatty()), end="")

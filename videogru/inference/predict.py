@@ -13,10 +13,12 @@ from videogru.data.dataset import ClipDataset, default_workers, make_loader
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.video import check_decoder
+from videogru.data.views import ONE_VIEW, Views
 from videogru.errors import ConfigError
 from videogru.inference.predictions import Predictions
 from videogru.modelfile import ModelCard, find_model, read_model
 from videogru.models.classifier import Classifier
+from videogru.sequence import SequenceBatch
 
 # Starting a worker costs about what it takes to read this many files.
 _FILES_WORTH_A_WORKER = 8
@@ -50,35 +52,37 @@ class Predictor:
         *,
         batch_size: int = 32,
         num_workers: int | None = None,
+        views: Views = ONE_VIEW,
         tick: Callable[[int], None] = lambda done: None,
     ) -> Predictions:
         """Probabilities of `rows` in their order; a source that cannot be read becomes a row with its error.
 
-        tick: called with the number of rows finished since the last call.
+        views: clips times crops of each source, whose probabilities are averaged; tick: called with the number of rows
+        finished since the last call. Raises ConfigError where the model's sources have no such views.
         """
         place = {int(row): position for position, row in enumerate(rows)}
         probabilities = np.full((len(rows), len(self.card.classes)), np.nan, dtype=np.float32)
         errors = np.full(len(rows), "", dtype=object)
-        dataset = ClipDataset(corpus, data=self.data)
+        dataset = ClipDataset(corpus, data=self.data, views=views)
         if corpus.kind == "video":
             check_decoder(self.data.decoder)
         workers = default_workers(corpus, num_workers)
         if num_workers is None and len(rows) < _FILES_WORTH_A_WORKER:
             workers = 0
-        loader = make_loader(dataset, OrderedBatches(rows, batch_size=batch_size), num_workers=workers)
+        batches = OrderedBatches(rows, batch_size=max(1, batch_size // (views[0] * views[1])))
+        loader = make_loader(dataset, batches, num_workers=workers)
         for loaded in loader:
             for row, reason in loaded.failures:
                 errors[place[row]] = reason
             if loaded.batch is not None:
-                batch = loaded.batch.to(self.device)
-                logits = self.classifier(batch.frames, batch.lengths)
-                positions = [place[int(row)] for row in loaded.batch.indices]
-                said = logits.double().softmax(dim=1).float().cpu().numpy()
+                found, said = self._scores(loaded.batch, batch_size)
+                positions = [place[row] for row in found]
                 probabilities[positions] = said
                 for position in np.asarray(positions)[~np.isfinite(said).all(axis=1)]:
                     probabilities[position] = np.nan
                     errors[position] = f"{corpus.manifest.sources[rows[position]]}: the model gives no finite score"
-            tick(len(loaded.failures) + (0 if loaded.batch is None else len(loaded.batch)))
+                tick(len(found))
+            tick(len(loaded.failures))
         return Predictions(
             classes=self.card.classes,
             sources=corpus.manifest.sources[rows],
@@ -88,16 +92,30 @@ class Predictor:
             rows=np.asarray(rows, dtype=np.int64),
         )
 
+    def _scores(self, batch: SequenceBatch, batch_size: int) -> tuple[list[int], NDArray[np.float32]]:
+        """Rows of a batch, each once, and their probabilities (N K), averaged over the clips of a row."""
+        said = []
+        for start in range(0, len(batch), batch_size):
+            frames = batch.frames[start : start + batch_size].to(self.device)
+            lengths = batch.lengths[start : start + batch_size].to(self.device)
+            said.append(self.classifier(frames, lengths).double().softmax(dim=1).cpu())
+        rows, clip_row, counts = batch.indices.unique_consecutive(return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(rows), len(self.card.classes), dtype=torch.float64)
+        sums.index_add_(0, clip_row, torch.cat(said))
+        return rows.tolist(), (sums / counts.unsqueeze(1)).float().numpy()
+
     def predict_paths(
         self,
         paths: Sequence[Path | str],
         *,
         num_workers: int | None = None,
+        views: Views = ONE_VIEW,
         tick: Callable[[int], None] = lambda done: None,
     ) -> Predictions:
         """Probabilities of files, in their order."""
         corpus = unlabeled_corpus([str(path) for path in paths], self.card)
-        return self.predict(corpus, np.arange(len(paths), dtype=np.int64), num_workers=num_workers, tick=tick)
+        rows = np.arange(len(paths), dtype=np.int64)
+        return self.predict(corpus, rows, num_workers=num_workers, views=views, tick=tick)
 
 
 def unlabeled_corpus(paths: Sequence[str], card: ModelCard) -> Corpus:
