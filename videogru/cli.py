@@ -196,6 +196,31 @@ def evaluate(
 
 @app.command(
     epilog="[bold]Examples[/bold]\n\n"
+    "videogru probe runs/grid_digits-0001\n\n"
+    "videogru probe runs/adrenalmnist3d-0001 --split val"
+)
+def probe(
+    run_or_model: Annotated[Path, typer.Argument(help="Run folder or model file.")],
+    split: Annotated[SplitName, typer.Option(help="Rows to probe on.")] = SplitName.test,
+    data_dir: DataDirOption = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Does the model need time? Its score with the frames shuffled, reversed, alone, and one by one."""
+    from rich.table import Table
+
+    from videogru import runs
+    from videogru.inference.evaluate import METRIC_NAMES
+
+    found = runs.probe_run(run_or_model, split=split.value, data_dir=data_dir, device=device, say=_say)
+    table = Table("frames", METRIC_NAMES[found.metric], "95 % interval", "difference", box=None, pad_edge=False)
+    for row in found.table_rows():
+        table.add_row(*row)
+    _console().print(table)
+    print(found.verdict)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
     "videogru infer scan.nii.gz\n\n"
     "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
     "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord"

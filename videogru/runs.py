@@ -34,6 +34,7 @@ from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.evaluate import Evaluation, evaluate
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, atomic_text, read_csv
+from videogru.inference.probe import Probe, probe
 from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
@@ -221,10 +222,7 @@ def assess(
     for split in splits:
         rows = corpus.manifest.rows(split)
         if not len(rows):
-            filled = [name for name in SPLITS if len(corpus.manifest.rows(name))]
-            raise DataError(
-                f"no rows in the split {split}", where=corpus.name, hint=f"Use --split {' or '.join(filled)}."
-            )
+            raise _no_rows(corpus, split)
         written = run / f"predictions-{split}.csv"
         predictor.predict(
             corpus, rows, batch_size=config.train.batch_size, num_workers=config.train.num_workers, views=views
@@ -316,25 +314,11 @@ def evaluate_run(
 
     views: clips times crops of each source, whose probabilities are averaged.
     """
-    model = find_model(path)
-    card = read_card(model)
-    run = path if path.is_dir() else path.parent
-    saved = run / "config.yaml"
-    settings = run_config(run) if saved.is_file() else Config(data=card.data, model=card.model)
-    update: dict[str, object] = {}
-    if dataset is not None:
-        update = {"dataset": dataset, "data_dir": None}
-    if data_dir is not None:
-        update["data_dir"] = data_dir
-    settings = settings.model_copy(update={"data": settings.data.model_copy(update=update)})
+    model, settings, corpus = _opened(path, dataset=dataset, data_dir=data_dir)
     if dataset is not None and out is None:
         raise ConfigError("results on another data set do not belong into the run", hint="Name a folder: --out FOLDER")
-    check_views(views, card.data.for_kind(card.kind), card.kind)
-    corpus = open_corpus(settings.data, seed=settings.data.split_seed, for_training=dataset is None)
-    if corpus.kind != card.kind:
-        raise ModelFileError(f"this model reads {card.kind}s, the data set holds {corpus.kind}s", where=model)
-    if dataset is None and saved.is_file():
-        _check_splits(corpus, run)
+    check_views(views, settings.data.for_kind(corpus.kind), corpus.kind)
+    run = path if path.is_dir() else path.parent
     # The run's own files and report are those of the test split, or of val where there is none.
     usual = "test" if len(corpus.manifest.rows("test")) else "val"
     plain = split == usual and views == ONE_VIEW
@@ -352,6 +336,49 @@ def evaluate_run(
     return assess(
         model, settings, corpus, target, splits=[split], commands=commands, device=device, views=views, say=say
     )
+
+
+def _opened(path: Path, *, dataset: str | None, data_dir: Path | None) -> tuple[Path, Config, Corpus]:
+    """Model file, settings and data of a run folder or model file; `dataset` names another data set than its own."""
+    model = find_model(path)
+    card = read_card(model)
+    run = path if path.is_dir() else path.parent
+    saved = run / "config.yaml"
+    settings = run_config(run) if saved.is_file() else Config(data=card.data, model=card.model)
+    update: dict[str, object] = {}
+    if dataset is not None:
+        update = {"dataset": dataset, "data_dir": None}
+    if data_dir is not None:
+        update["data_dir"] = data_dir
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update=update)})
+    corpus = open_corpus(settings.data, seed=settings.data.split_seed, for_training=dataset is None)
+    if corpus.kind != card.kind:
+        raise ModelFileError(f"this model reads {card.kind}s, the data set holds {corpus.kind}s", where=model)
+    if dataset is None and saved.is_file():
+        _check_splits(corpus, run)
+    return model, settings, corpus
+
+
+def probe_run(path: Path, *, split: Split, data_dir: Path | None, device: str, say: Say) -> Probe:
+    """Whether the model of a run uses the order of its steps; also written to probe-<split>.json in the run."""
+    model, settings, corpus = _opened(path, dataset=None, data_dir=data_dir)
+    predictor = Predictor.from_file(model, device=device, data=settings.data)
+    corpus = _with_classes_of(corpus, predictor.card.classes, model)
+    rows = corpus.manifest.rows(split)
+    if not len(rows):
+        raise _no_rows(corpus, split)
+    say(f"probing {model} on {len(rows)} {split} rows of {corpus.name}")
+    train = settings.train
+    found = probe(predictor, corpus, rows, batch_size=train.batch_size, num_workers=train.num_workers, seed=train.seed)
+    written = model.parent / f"probe-{split}.json"
+    found.to_json(written)
+    say(f"written to {written}")
+    return found
+
+
+def _no_rows(corpus: Corpus, split: Split) -> DataError:
+    filled = [name for name in SPLITS if len(corpus.manifest.rows(name))]
+    return DataError(f"no rows in the split {split}", where=corpus.name, hint=f"Use --split {' or '.join(filled)}.")
 
 
 def _strip(corpus: Corpus, data: DataConfig, row: int) -> np.ndarray | None:
