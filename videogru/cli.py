@@ -223,7 +223,8 @@ def probe(
     epilog="[bold]Examples[/bold]\n\n"
     "videogru infer scan.nii.gz\n\n"
     "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
-    "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord"
+    "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord\n\n"
+    "videogru infer sentence.mp4 --windows"
 )
 def infer(
     paths: Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="PATHS...")],
@@ -237,28 +238,56 @@ def infer(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes named per input.")] = 1,
     views: ViewsOption = "1x1",
+    windows: Annotated[
+        bool, typer.Option("--windows", help="Find what shows when in long videos: a timeline and a picture of it.")
+    ] = False,
+    window_seconds: Annotated[
+        list[float] | None,
+        typer.Option(help="Length of the windows, repeatable; default: as trained.", show_default=False),
+    ] = None,
+    min_confidence: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Windows below do not count; default: 0.5.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     set_: SetOption = None,
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
     from videogru.config import parse_assignments
     from videogru.data.views import parse_views
-    from videogru.inference import answers
+    from videogru.inference import answers, timeline_answers
 
     by_ending = {".csv": Format.csv, ".jsonl": Format.jsonl}
     chosen = format or (by_ending.get(out.suffix, Format.table) if out else Format.table)
-    failed = answers.answer(
-        paths,
-        model=model,
-        out=out,
-        form=chosen.value,
-        top_k=top_k,
-        views=parse_views(views),
-        device=device,
-        settings=parse_assignments(set_ or []),
-        progress=sys.stderr.isatty(),
-        say=_say,
-    )
+    if windows and (top_k != 1 or views != "1x1"):
+        raise ConfigError("--windows names one class per segment, from one view: leave --top-k and --views out")
+    if not windows and (window_seconds or min_confidence is not None):
+        raise ConfigError("--window-seconds and --min-confidence go with --windows", hint="Add --windows.")
+    if windows:
+        failed = timeline_answers.answer_windows(
+            paths,
+            model=model,
+            out=out,
+            form=chosen.value,
+            window_seconds=window_seconds or (),
+            min_confidence=0.5 if min_confidence is None else min_confidence,
+            device=device,
+            settings=parse_assignments(set_ or []),
+            progress=sys.stderr.isatty(),
+            say=_say,
+        )
+    else:
+        failed = answers.answer(
+            paths,
+            model=model,
+            out=out,
+            form=chosen.value,
+            top_k=top_k,
+            views=parse_views(views),
+            device=device,
+            settings=parse_assignments(set_ or []),
+            progress=sys.stderr.isatty(),
+            say=_say,
+        )
     if failed:
         raise typer.Exit(3)
 

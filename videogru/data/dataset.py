@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ class ClipDataset(Dataset[Loaded]):
     ) -> None:
         check_views(views, data, corpus.kind)
         self.corpus, self.data, self.seed, self.training, self.views = corpus, data, seed, training, views
+        self._last: FrameSource | None = None
         arrays = corpus.arrays
         wanted = (1, data.channels, data.frame_size, data.frame_size)
         # Stills that need no change are fetched as one slice of the array.
@@ -47,18 +49,23 @@ class ClipDataset(Dataset[Loaded]):
         """One batch; all its keys share their epoch."""
         epoch, rows = keys[0][0], [row for _, row in keys]
         if self._stills is None:
-            return collate(epoch, [item for row in rows for item in self._items(epoch, row)])
+            with ExitStack() as opened:
+                return collate(epoch, [item for row in rows for item in self._items(epoch, row, opened)])
         indices = torch.tensor(rows)
         frames = torch.from_numpy(self._stills[rows])
         labels = torch.from_numpy(self.corpus.manifest.labels[rows])
         return Loaded(epoch, SequenceBatch(frames, torch.ones_like(indices), indices, labels), ())
 
-    def _items(self, epoch: int, row: int) -> list[Item]:
+    def _items(self, epoch: int, row: int, opened: ExitStack) -> list[Item]:
         label = int(self.corpus.manifest.labels[row])
         try:
-            with self._open(row) as source:
-                clips = self._read(source, epoch, row)
+            source = self._open(row, opened)
+            index = source.positions
+            clips = self._read(source, epoch, row)
+            if source.positions is not index:
+                opened.close()  # corrected while reading: the next window must not know
         except SourceError as error:
+            opened.close()
             return [Item(row, label, None, str(error))]
         if self.training and self.corpus.kind == "volume":
             augment = self.data.augment
@@ -84,12 +91,20 @@ class ClipDataset(Dataset[Loaded]):
         except SourceError as error:
             raise SourceError(error.what, where=source.path, hint=error.hint) from error
 
-    def _open(self, row: int) -> FrameSource:
+    def _open(self, row: int, opened: ExitStack) -> FrameSource:
+        """The source of a row; neighbors in a batch that are windows of one file share it."""
         if self.corpus.arrays is not None:
-            return ArraySource(
-                self.corpus.arrays[row], Path(str(self.corpus.manifest.sources[row])), self.corpus.kind, self.data
-            )
-        return open_source(self.corpus.manifest.path(row), data=self.data, kind=self.corpus.kind)
+            path = Path(str(self.corpus.manifest.sources[row]))
+            return ArraySource(self.corpus.arrays[row], path, self.corpus.kind, self.data)
+        path = self.corpus.manifest.path(row)
+        if self._last is None or self._last.path != path:
+            opened.close()
+            self._last = opened.enter_context(open_source(path, data=self.data, kind=self.corpus.kind))
+            opened.callback(self._forget)
+        return self._last
+
+    def _forget(self) -> None:
+        self._last = None
 
 
 class ArraySource:
