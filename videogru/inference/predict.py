@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from videogru.config import DataConfig
 from videogru.data.batching import OrderedBatches
-from videogru.data.dataset import ClipDataset, default_workers, make_loader
+from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.video import check_decoder
@@ -17,9 +17,6 @@ from videogru.errors import ConfigError
 from videogru.inference.predictions import Predictions
 from videogru.modelfile import ModelCard, find_model, read_model
 from videogru.models.classifier import Classifier
-
-# Starting a worker costs about what it takes to read this many files.
-_FILES_WORTH_A_WORKER = 8
 
 
 class Predictor:
@@ -54,7 +51,8 @@ class Predictor:
     ) -> Predictions:
         """Probabilities of `rows` in their order; a source that cannot be read becomes a row with its error.
 
-        tick: called with the number of rows finished since the last call.
+        tick: called with the number of rows finished since the last call. num_workers: 0 reads in this process, where
+        a decoder that hangs or crashes cannot be ended; None takes one or more.
         """
         place = {int(row): position for position, row in enumerate(rows)}
         probabilities = np.full((len(rows), len(self.card.classes)), np.nan, dtype=np.float32)
@@ -62,10 +60,8 @@ class Predictor:
         dataset = ClipDataset(corpus, data=self.data)
         if corpus.kind == "video":
             check_decoder(self.data.decoder)
-        workers = default_workers(corpus, num_workers)
-        if num_workers is None and len(rows) < _FILES_WORTH_A_WORKER:
-            workers = 0
-        loader = make_loader(dataset, OrderedBatches(rows, batch_size=batch_size), num_workers=workers)
+        workers = default_workers(corpus, num_workers, rows=len(rows))
+        loader = ClipLoader(dataset, OrderedBatches(rows, batch_size=batch_size), num_workers=workers)
         for loaded in loader:
             for row, reason in loaded.failures:
                 errors[place[row]] = reason
