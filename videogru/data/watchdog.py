@@ -187,7 +187,7 @@ class Crew:
     def run(self, tasks: Iterable[Sequence[Any]], *, in_order: bool = True, held: int = _AHEAD) -> Iterator[Any]:
         """The job's result for each task, in their order or as they get ready; at most 4 per worker are read ahead.
 
-        held: tasks that a worker has at a time; with 1, none waits behind one that hangs, but the worker idles until the
+        held: tasks that a worker has at a time; with 1, none waits behind one that hangs, but a worker idles until the
         parent comes by. Raises what the job raised (SourceErrors of single rows are the job's business), or DataError
         where workers die without reading anything. A run that is left early closes the crew.
         """
