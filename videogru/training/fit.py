@@ -140,13 +140,16 @@ def fit(
         )
         say(f"training on {trainer.strategy.root_device}, {trainer.precision} precision, {steps} steps an epoch")
         checkpoint = run / STATE_FILE if resume else None
+        module = CorpusModule(corpus, config)
         try:
             with state.listen():
-                trainer.fit(task, CorpusModule(corpus, config), ckpt_path=checkpoint, weights_only=True)
+                trainer.fit(task, module, ckpt_path=checkpoint, weights_only=True)
         except Interrupted as error:
             raise Interrupted(
                 error.what, where=error.where, hint=f"Go on with: videogru train --resume {run}"
             ) from error
+        finally:
+            module.close()
     if train.keep == "last" or not scores.best:
         save({"epoch": float(trainer.current_epoch - 1), **_last_scores(scores)})
     seconds = scores.seconds or time.monotonic() - started
