@@ -182,7 +182,7 @@ class PyavVideo:
             if packet.pts is None:
                 trusted = False
                 continue
-            self._place_of[packet.pts, packet.dts] = place
+            self._place_of[packet.pts, packet.dts] = self._place_of[packet.pts, None] = place
             self._bytes_of[place] = packet.pos, packet.size
             if packet.is_keyframe:
                 self._keys.append(_Key(place, packet.pts, packet.dts))
@@ -289,7 +289,7 @@ class PyavVideo:
             self._container.seek(target, stream=self._stream, backward=True, any_frame=False)
             packets = self._container.demux(self._stream)
             packet = next(packets, None)
-            landed = None if packet is None else self._place_of.get((packet.pts, packet.dts))
+            landed = None if packet is None else self._place(packet)
             if landed is not None and landed <= key.place:
                 break
         else:
@@ -297,7 +297,7 @@ class PyavVideo:
         last = key.pts - 1
         self._reached = key.place
         while packet is not None:
-            place = self._place_of.get((packet.pts, packet.dts))
+            place = self._place(packet)
             # A damaged index may give other packets these stamps.
             if place is not None and self._bytes_of[place] != (packet.pos, packet.size):
                 raise _BrokenPromise
@@ -310,6 +310,10 @@ class PyavVideo:
                 last = frame.pts
                 yield frame
             packet = next(packets, None)
+
+    def _place(self, packet: Any) -> int | None:
+        """Where a packet stands in decoding order. After a seek, Matroska's demuxer may not know its dts again."""
+        return self._place_of.get((packet.pts, packet.dts), self._place_of.get((packet.pts, None)))
 
     def _read_in_order(self, chosen: list[int]) -> list[NDArray[np.uint8]]:
         """The same frames after a broken promise, found by their time stamps in one pass over the whole stream."""
@@ -331,7 +335,8 @@ class PyavVideo:
     ) -> tuple[dict[int, NDArray[np.uint8]], list[int | None]]:
         """Decode the stream from start to end and index it anew; returns the wanted frames by order, and all stamps.
 
-        Where stamps are missing or do not increase, frames are placed at the stream's average rate.
+        Frames that share a stamp are spread until the next one. Where stamps are missing or go back, frames are placed
+        at the stream's average rate.
         """
         found: dict[int, NDArray[np.uint8]] = {}
         stamps: list[int | None] = []
@@ -344,8 +349,10 @@ class PyavVideo:
         if not stamps:
             raise SourceError("not one frame can be decoded", where=self.path, hint="Check that it plays.")
         base, rate = self._stream.time_base, self._stream.average_rate
-        if _increasing(stamps):
-            positions = np.array(stamps, np.int64) * base.numerator / base.denominator
+        spread = _spread(stamps)
+        if spread is not None:
+            positions = spread * base.numerator / base.denominator
+            duration = duration if _increasing(stamps) else 0
         elif rate:
             start = min((pts for pts in stamps if pts is not None), default=0) * base.numerator / base.denominator
             positions = start + np.arange(len(stamps)) * rate.denominator / rate.numerator
@@ -393,6 +400,20 @@ class PyavVideo:
 def _increasing(stamps: list[int | None]) -> bool:
     known = [pts for pts in stamps if pts is not None]
     return len(known) == len(stamps) and all(a < b for a, b in pairwise(known))
+
+
+def _spread(stamps: list[int | None]) -> NDArray[np.float64] | None:
+    """Increasing places in ticks where stamps at most repeat, as 0 0 2 4 4 4 -> 0 1 2 4 4.67 5.33; None elsewhere."""
+    known = np.array([pts for pts in stamps if pts is not None], np.int64)
+    if len(known) != len(stamps) or (np.diff(known) < 0).any():
+        return None
+    starts, group, counts = np.unique(known, return_inverse=True, return_counts=True)
+    if len(starts) == 1 < len(known):
+        return None
+    gaps = np.diff(starts)
+    gaps = np.append(gaps, np.median(gaps) if len(gaps) else 0)
+    first = np.cumsum(counts) - counts
+    return np.asarray(known + (np.arange(len(known)) - first[group]) * gaps[group] / counts[group])
 
 
 def _turn(frame: Any) -> tuple[bool, bool, bool]:
