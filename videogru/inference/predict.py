@@ -81,7 +81,7 @@ class Predictor:
             tick(len(loaded.failures) + (0 if loaded.batch is None else len(loaded.batch)))
         return Predictions(
             classes=self.card.classes,
-            sources=corpus.manifest.sources[rows],
+            sources=np.asarray(corpus.manifest.sources[rows]),
             labels=corpus.manifest.labels[rows],
             probabilities=probabilities,
             errors=errors.astype(np.str_),
