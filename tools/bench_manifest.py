@@ -127,7 +127,13 @@ def read(path: Path, steps: str) -> dict[str, Any]:
 
 def held_mebibytes(manifest: Manifest) -> float:
     """What the columns take."""
-    arrays = [manifest.labels, manifest.splits, manifest.groups.codes, manifest.start_seconds, manifest.end_seconds]
+    arrays: list[Any] = [
+        manifest.labels,
+        manifest.splits,
+        manifest.groups.codes,
+        manifest.start_seconds,
+        manifest.end_seconds,
+    ]
     texts = [manifest.sources, *([] if manifest.groups.names is manifest.sources else [manifest.groups.names])]
     return (sum(array.nbytes for array in arrays) + sum(text.nbytes for text in texts)) / MIB
 
