@@ -41,6 +41,7 @@ class AugmentConfig(Settings):
     brightness: Fraction = Field(0.0, description="largest change of brightness, as a fraction of full range")
     contrast: Fraction = Field(0.0, description="largest relative change of contrast")
     noise: Fraction = Field(0.0, description="largest sd of Gaussian noise, as a fraction of full range")
+    shift_seconds: float = Field(0.0, ge=0, description="largest shift of a start_seconds,end_seconds window in time")
     erase: Fraction = Field(
         0.0, description="probability of filling one square with the mean (volumes: a block with 0)"
     )
@@ -57,6 +58,16 @@ class DataConfig(Settings):
     frame_size: int = Field(112, ge=4, le=4096, description="height and width given to the encoder, pixels")
     num_frames: int = Field(
         16, ge=1, le=100_000, description="steps per clip; a shorter source gives fewer and is padded and masked"
+    )
+    sampling: Literal["random", "uniform", "dense", "all"] = Field(
+        "random",
+        description="which steps make a clip. random: one from each of num_frames equal segments, at drawn places in "
+        "training, else at the centers; uniform: at the centers, always; dense: num_frames steps stride_seconds apart, "
+        "drawn in training, else from the middle; all: every step, whatever num_frames is",
+    )
+    stride_seconds: float = Field(0.1, gt=0, description="between the frames of sampling=dense")
+    context_seconds: float = Field(
+        0.0, ge=0, description="read before and after each start_seconds,end_seconds window, inside the video"
     )
     channels: Literal[1, 3] | None = Field(None, description="1 gray, 3 RGB; default: 1 for volumes, else 3")
     fit: Literal["crop", "pad", "stretch"] | None = Field(
@@ -87,7 +98,19 @@ class DataConfig(Settings):
         return self
 
     def for_kind(self, kind: Kind) -> "DataConfig":
-        """The same with the defaults that depend on the kind of source filled in."""
+        """The same with the defaults that depend on the kind of source filled in.
+
+        Raises ConfigError where a setting is for another kind.
+        """
+        if kind != "video":
+            for key in ("context_seconds", "augment.shift_seconds"):
+                if self.context_seconds if key == "context_seconds" else self.augment.shift_seconds:
+                    raise ConfigError(f"data.{key} is for videos, not for a {kind}", hint="Leave it at 0.")
+            if self.sampling == "dense":
+                raise ConfigError(
+                    f"data.sampling=dense counts in seconds, which a {kind} has none of",
+                    hint="Use random, uniform or all.",
+                )
         volume = kind == "volume"
         return self.model_copy(
             update={

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +15,28 @@ from videogru.data.augment import augment_volume, sampling_draws
 from videogru.data.batching import Item, Key, Loaded, collate
 from videogru.data.frames import FrameSource
 from videogru.data.layouts import Corpus
-from videogru.data.sources import open_source, read_clip
+from videogru.data.sources import open_source, read_clip, read_clips
 from videogru.data.transforms import prepare_clip
+from videogru.data.views import ONE_VIEW, Views, check_views, crop_places
 from videogru.data.volume import to_unit_range
 from videogru.errors import SourceError
-from videogru.sequence import SequenceBatch, Unit
+from videogru.sequence import FrameSequence, SequenceBatch, Unit
 
 
 class ClipDataset(Dataset[Loaded]):
     """Fetches whole batches by key (epoch, row). `training` samples at random and augments volumes.
 
-    data: resolved for the corpus's kind (`DataConfig.for_kind`). Works in any worker process: files are opened there.
+    data: resolved for the corpus's kind (`DataConfig.for_kind`); views: of each row, instead of one clip, that many
+    clips times that many crops, one after the other. Works in any worker process: files are opened there. Raises
+    ConfigError where `data` has no such views.
     """
 
-    def __init__(self, corpus: Corpus, *, data: DataConfig, seed: int = 0, training: bool = False) -> None:
-        self.corpus, self.data, self.seed, self.training = corpus, data, seed, training
+    def __init__(
+        self, corpus: Corpus, *, data: DataConfig, seed: int = 0, training: bool = False, views: Views = ONE_VIEW
+    ) -> None:
+        check_views(views, data, corpus.kind)
+        self.corpus, self.data, self.seed, self.training, self.views = corpus, data, seed, training, views
+        self._last: FrameSource | None = None
         arrays = corpus.arrays
         wanted = (1, data.channels, data.frame_size, data.frame_size)
         # Stills that need no change are fetched as one slice of the array.
@@ -41,36 +49,62 @@ class ClipDataset(Dataset[Loaded]):
         """One batch; all its keys share their epoch."""
         epoch, rows = keys[0][0], [row for _, row in keys]
         if self._stills is None:
-            return collate(epoch, [self._item(epoch, row) for row in rows])
+            with ExitStack() as opened:
+                return collate(epoch, [item for row in rows for item in self._items(epoch, row, opened)])
         indices = torch.tensor(rows)
         frames = torch.from_numpy(self._stills[rows])
         labels = torch.from_numpy(self.corpus.manifest.labels[rows])
         return Loaded(epoch, SequenceBatch(frames, torch.ones_like(indices), indices, labels), ())
 
-    def _item(self, epoch: int, row: int) -> Item:
+    def _items(self, epoch: int, row: int, opened: ExitStack) -> list[Item]:
         label = int(self.corpus.manifest.labels[row])
-        draws = sampling_draws(self.seed, epoch, row, self.data.num_frames) if self.training else None
         try:
-            with self._open(row) as source:
-                clip = read_clip(source, data=self.data, draws=draws, window=self.corpus.manifest.window(row))
-                try:
-                    clip = prepare_clip(clip, data=self.data, pixel_aspect=source.pixel_aspect)
-                except SourceError as error:
-                    raise SourceError(error.what, where=source.path, hint=error.hint) from error
+            source = self._open(row, opened)
+            index = source.positions
+            clips = self._read(source, epoch, row)
+            if source.positions is not index:
+                opened.close()  # corrected while reading: the next window must not know
         except SourceError as error:
-            return Item(row, label, None, str(error))
+            opened.close()
+            return [Item(row, label, None, str(error))]
         if self.training and self.corpus.kind == "volume":
-            clip = clip.with_frames(
-                augment_volume(clip.frames, config=self.data.augment, seed=self.seed, epoch=epoch, index=row)
-            )
-        return Item(row, label, clip)
+            augment = self.data.augment
+            clips = [
+                clip.with_frames(augment_volume(clip.frames, config=augment, seed=self.seed, epoch=epoch, index=row))
+                for clip in clips
+            ]
+        return [Item(row, label, clip) for clip in clips]
 
-    def _open(self, row: int) -> FrameSource:
+    def _read(self, source: FrameSource, epoch: int, row: int) -> list[FrameSequence]:
+        window = self.corpus.manifest.window(row)
+        if self.training:
+            draws = sampling_draws(self.seed, epoch, row, self.data.num_frames + 1)
+            clips = [read_clip(source, data=self.data, draws=draws, window=window)]
+        else:
+            clips = read_clips(source, data=self.data, num_clips=self.views[0], window=window)
+        try:
+            return [
+                prepare_clip(clip, data=self.data, pixel_aspect=source.pixel_aspect, place=place)
+                for clip in clips
+                for place in crop_places(self.views[1])
+            ]
+        except SourceError as error:
+            raise SourceError(error.what, where=source.path, hint=error.hint) from error
+
+    def _open(self, row: int, opened: ExitStack) -> FrameSource:
+        """The source of a row; neighbors in a batch that are windows of one file share it."""
         if self.corpus.arrays is not None:
-            return ArraySource(
-                self.corpus.arrays[row], Path(str(self.corpus.manifest.sources[row])), self.corpus.kind, self.data
-            )
-        return open_source(self.corpus.manifest.path(row), data=self.data, kind=self.corpus.kind)
+            path = Path(str(self.corpus.manifest.sources[row]))
+            return ArraySource(self.corpus.arrays[row], path, self.corpus.kind, self.data)
+        path = self.corpus.manifest.path(row)
+        if self._last is None or self._last.path != path:
+            opened.close()
+            self._last = opened.enter_context(open_source(path, data=self.data, kind=self.corpus.kind))
+            opened.callback(self._forget)
+        return self._last
+
+    def _forget(self) -> None:
+        self._last = None
 
 
 class ArraySource:
