@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from videogru.config import DataConfig, Kind
 from videogru.data.augment import augment_volume, sampling_draws
 from videogru.data.batching import Item, Key, Loaded, collate
+from videogru.data.cache import FrameCache
 from videogru.data.frames import FrameSource
 from videogru.data.layouts import Corpus
 from videogru.data.sources import open_source, read_clip, read_clips
@@ -37,6 +39,8 @@ class ClipDataset(Dataset[Loaded]):
         check_views(views, data, corpus.kind)
         self.corpus, self.data, self.seed, self.training, self.views = corpus, data, seed, training, views
         self._last: FrameSource | None = None
+        # The cache holds centered squares.
+        self._cache = FrameCache(data) if data.cache != "none" and views[1] == 1 and corpus.arrays is None else None
         arrays = corpus.arrays
         wanted = (1, data.channels, data.frame_size, data.frame_size)
         # Stills that need no change are fetched as one slice of the array.
@@ -99,7 +103,8 @@ class ClipDataset(Dataset[Loaded]):
         path = self.corpus.manifest.path(row)
         if self._last is None or self._last.path != path:
             opened.close()
-            self._last = opened.enter_context(open_source(path, data=self.data, kind=self.corpus.kind))
+            opener = self._cache.open if self._cache else partial(open_source, data=self.data, kind=self.corpus.kind)
+            self._last = opened.enter_context(opener(path))
             opened.callback(self._forget)
         return self._last
 
