@@ -81,6 +81,13 @@ class DataConfig(Settings):
         description="reading one source may take this long, then its process is ended and replaced, and the source "
         "counts as unreadable; 0: no limit. Needs reader processes: with train.num_workers=0 nothing is watched",
     )
+    cache: Literal["none", "jpeg", "raw"] = Field(
+        "none",
+        description="videos are decoded once, into frames that later epochs read; raw: the same bits, channels * "
+        "frame_size^2 bytes a frame; jpeg: near, about a tenth of that",
+    )
+    cache_dir: Path | None = Field(None, description="where; default: frame-cache/ beside the data sets")
+    cache_gib: float = Field(50.0, gt=0, description="of disk that the folder may fill; then no more is added")
     axis: Literal["axial", "coronal", "sagittal"] = Field("axial", description="axis along which a volume is unrolled")
     intensity: Literal["percentile", "window"] = Field("percentile", description="how volume intensities map to 0..1")
     percentile_low: float = Field(0.5, ge=0, le=100)
@@ -113,6 +120,8 @@ class DataConfig(Settings):
             for key in ("context_seconds", "augment.shift_seconds"):
                 if self.context_seconds if key == "context_seconds" else self.augment.shift_seconds:
                     raise ConfigError(f"data.{key} is for videos, not for a {kind}", hint="Leave it at 0.")
+            if self.cache != "none":
+                raise ConfigError(f"data.cache is for videos, not for a {kind}", hint="Leave it at none.")
             if self.sampling == "dense":
                 raise ConfigError(
                     f"data.sampling=dense counts in seconds, which a {kind} has none of",

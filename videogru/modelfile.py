@@ -109,7 +109,8 @@ def make_card(
 
 
 def write_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
-    """Write one model file, whole or not at all. Paths of this machine (data_dir, folders of weights) are left out.
+    """Write one model file, whole or not at all. Paths of this machine (data_dir, folders of weights) and its frame
+    cache are left out: who predicts does not fill a disk without asking.
 
     Raises ValueError where card and classifier disagree, VideogruError where the file cannot be written.
     """
@@ -117,7 +118,8 @@ def write_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
         raise ValueError("the card describes another classifier")
     if card.frame_size != classifier.frame_size or (card.mean, card.std) != (classifier.mean, classifier.std):
         raise ValueError("the card describes other frames than the classifier takes")
-    data = card.data.model_copy(update={"data_dir": None, "dataset": Path(card.data.dataset).name})
+    here = {"data_dir": None, "dataset": Path(card.data.dataset).name, "cache": "none", "cache_dir": None}
+    data = card.data.model_copy(update=here)
     model = card.model.model_copy(update={"weights": Path(card.model.weights).name})
     card = card.model_copy(update={"data": data, "model": model})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}

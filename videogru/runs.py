@@ -24,6 +24,7 @@ from videogru.config import (
     read_settings_file,
     resolve_config,
 )
+from videogru.data.cache import check_cache
 from videogru.data.card import load_card
 from videogru.data.dataset import ClipDataset
 from videogru.data.describe import describe_corpus
@@ -125,6 +126,7 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
     trainable_classifier(config, corpus)
     if corpus.kind == "video":
         check_decoder(config.data.decoder)
+        check_cache(config.data)
     _check_names(corpus)
     run = new_run(config.data.dataset, out)
     with atomic_text(run / "config.yaml") as file:
@@ -215,7 +217,9 @@ def assess(
     commands: what repeats this, for the report. Raises DataError where the corpus has classes that the model does not
     know, or a split has no rows; a split without one usable row is told and left out, unless it is the only one.
     """
-    predictor = Predictor.from_file(model, device=device, data=config.data)
+    # JPEG is near the file's frames, but what is reported must be what `infer` says of the file.
+    cache = "none" if config.data.cache == "jpeg" else config.data.cache
+    predictor = Predictor.from_file(model, device=device, data=config.data.model_copy(update={"cache": cache}))
     corpus = _with_classes_of(corpus, predictor.card.classes, model)
     predictions: dict[str, Predictions] = {}
     evaluations: dict[str, Evaluation] = {}

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from videogru.config import DataConfig, Kind
 from videogru.data.augment import augment_volume, sampling_draws
 from videogru.data.batching import Item, Key, Loaded, collate
+from videogru.data.cache import FrameCache
 from videogru.data.frames import FrameSource
 from videogru.data.layouts import Corpus
 from videogru.data.sources import open_source, read_clip, read_clips
@@ -43,6 +44,8 @@ class ClipDataset(Dataset[Loaded]):
         check_views(views, data, corpus.kind)
         self.corpus, self.data, self.seed, self.training, self.views = corpus, data, seed, training, views
         self._last: FrameSource | None = None
+        # The cache holds centered squares.
+        self._cache = FrameCache(data) if data.cache != "none" and views[1] == 1 and corpus.arrays is None else None
         arrays = corpus.arrays
         wanted = (1, data.channels, data.frame_size, data.frame_size)
         # Stills that need no change are fetched as one slice of the array.
@@ -116,7 +119,8 @@ class ClipDataset(Dataset[Loaded]):
         if self.corpus.arrays is not None:
             path = Path(str(self.corpus.manifest.sources[row]))
             return ArraySource(self.corpus.arrays[row], path, self.corpus.kind, self.data)
-        return open_source(self.corpus.manifest.path(row), data=self.data, kind=self.corpus.kind)
+        path = self.corpus.manifest.path(row)
+        return self._cache.open(path) if self._cache else open_source(path, data=self.data, kind=self.corpus.kind)
 
     def _forget(self) -> None:
         self._last = None

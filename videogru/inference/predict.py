@@ -108,7 +108,7 @@ class Predictor:
         return {
             name: Predictions(
                 classes=self.card.classes,
-                sources=corpus.manifest.sources[rows],
+                sources=np.asarray(corpus.manifest.sources[rows]),
                 labels=corpus.manifest.labels[rows],
                 probabilities=probabilities[name],
                 errors=errors[name].astype(np.str_),
