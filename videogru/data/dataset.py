@@ -17,6 +17,7 @@ from videogru.data.layouts import Corpus
 from videogru.data.sources import open_source, read_clip
 from videogru.data.transforms import prepare_clip
 from videogru.data.volume import to_unit_range
+from videogru.data.worker import start_worker
 from videogru.errors import SourceError
 from videogru.sequence import SequenceBatch, Unit
 
@@ -102,13 +103,16 @@ class ArraySource:
         self.close()
 
 
-def default_workers(corpus: Corpus, asked: int | None) -> int:
-    """Reader processes: as asked, else none for stills held in memory, else one per core but one, at most 8."""
+def default_workers(corpus: Corpus, asked: int | None, *, sharing: int = 1) -> int:
+    """Reader processes: as asked, else none for stills held in memory, else one per core but one, at most 8.
+
+    sharing: processes that train on this machine, each with readers of its own.
+    """
     if asked is not None:
         return asked
     if corpus.arrays is not None and corpus.kind == "image":
         return 0
-    return max(1, min(8, len(os.sched_getaffinity(0)) - 1)) if hasattr(os, "sched_getaffinity") else 1
+    return max(1, min(8, len(os.sched_getaffinity(0)) // sharing - 1)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def make_loader(
@@ -122,6 +126,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=persistent and num_workers > 0,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=start_worker if num_workers else None,
     )
 
 
