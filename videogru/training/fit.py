@@ -1,5 +1,6 @@
 """One training, from a corpus and a config to a model file."""
 
+import inspect
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, TQDMProgre
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from videogru.config import Config
 from videogru.data.batching import EpochBatches
@@ -182,7 +184,7 @@ def _optimize(
     plugins: list[Any] = [file]
     if group.world > 1:
         # The norms' running statistics are equal everywhere, and validation has no collective operations.
-        several = {"strategy": DDPStrategy(broadcast_buffers=False), "num_nodes": group.nodes}
+        several = {"strategy": DDPStrategy(**{_buffers_option(): False}), "num_nodes": group.nodes}
         plugins.append(TorchElasticEnvironment())
     with warnings.catch_warnings(), noticing_lost_processes(group):
         _quiet_lightning()
@@ -218,6 +220,12 @@ def _optimize(
         except Interrupted as error:
             hint = f"Go on with: videogru train --resume {run}"
             raise Interrupted(error.what, where=error.where, hint=hint) from error
+
+
+def _buffers_option() -> str:
+    """DDP's option to send buffers before each step, under its new name or the one before."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    return "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
 
 
 def _facts(config: Config, corpus: Corpus, group: Group) -> dict[str, Any]:
@@ -275,6 +283,7 @@ def _quiet_lightning() -> None:
         ".*Trying to infer the `batch_size`.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*weights_only.*",
+        ".*recommended to use.*sync_dist=True.*",  # the scores are those of all processes
         ".*Checkpoint directory.*exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message=text)
