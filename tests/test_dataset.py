@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_video import make_video
+from test_video import make_video
 from videogru.config import DataConfig
 from videogru.data import dataset as dataset_module
 from videogru.data.batching import EpochBatches, OrderedBatches

@@ -6,6 +6,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 
 from videogru.config import Config
 from videogru.data.augment import augment_batch, mix_batch
@@ -21,8 +22,13 @@ class CorpusModule(pl.LightningDataModule):
     def __init__(self, corpus: Corpus, config: Config) -> None:
         super().__init__()
         self.corpus, self.config = corpus, config
-        self.num_workers = default_workers(corpus, config.train.num_workers)
         self._loaders: list[ClipLoader] = []
+
+    @property
+    def num_workers(self) -> int:
+        """Reader processes of this one."""
+        assert self.trainer is not None
+        return default_workers(self.corpus, self.config.train.num_workers, sharing=self.trainer.num_devices)
 
     def train_dataloader(self) -> ClipLoader:
         """Shuffled batches; resumes inside an epoch."""
@@ -41,13 +47,17 @@ class CorpusModule(pl.LightningDataModule):
         self._loaders.append(loader)
         return _resumable(loader, batches, trainer)
 
-    def val_dataloader(self) -> ClipLoader | list[ClipLoader]:
+    def val_dataloader(self) -> ClipLoader | DataLoader[Loaded] | list[ClipLoader]:
         """All validation rows in order, the process's share of them; none where there is no validation split."""
         trainer = self.trainer
         assert trainer is not None
-        rows: NDArray[np.int64] = self.corpus.manifest.rows("val")[trainer.global_rank :: trainer.world_size]
+        rows: NDArray[np.int64] = self.corpus.manifest.rows("val")
         if not len(rows):
             return []
+        rows = rows[trainer.global_rank :: trainer.world_size]
+        if not len(rows):
+            # More processes than rows; all of them must go through the validation.
+            return DataLoader([Loaded(0, None, ())], batch_size=None)  # type: ignore[arg-type]
         batches = OrderedBatches(rows, batch_size=self.config.train.batch_size)
         return ClipLoader(self._dataset(training=False), batches, num_workers=self.num_workers)
 

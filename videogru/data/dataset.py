@@ -155,10 +155,11 @@ class ArraySource:
         self.close()
 
 
-def default_workers(corpus: Corpus, asked: int | None, *, rows: int | None = None) -> int:
+def default_workers(corpus: Corpus, asked: int | None, *, rows: int | None = None, sharing: int = 1) -> int:
     """Reader processes: as asked, else none for stills held in memory, else one per core but one, at most 8.
 
-    rows: how many are to be read. For few of them one worker is enough; it is there to be watched.
+    rows: how many are to be read. For few of them one worker is enough; it is there to be watched. sharing: processes
+    that train on this machine, each with readers of its own.
     """
     if asked is not None:
         return asked
@@ -166,7 +167,7 @@ def default_workers(corpus: Corpus, asked: int | None, *, rows: int | None = Non
         return 0
     if rows is not None and rows < _ROWS_WORTH_ANOTHER_WORKER:
         return 0 if corpus.arrays is not None else 1
-    return max(1, min(8, len(os.sched_getaffinity(0)) - 1)) if hasattr(os, "sched_getaffinity") else 1
+    return max(1, min(8, len(os.sched_getaffinity(0)) // sharing - 1)) if hasattr(os, "sched_getaffinity") else 1
 
 
 class ClipLoader:
