@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from operator import itemgetter
 from pathlib import Path
 
@@ -14,14 +15,16 @@ from torch.utils.data import Dataset, Sampler
 from videogru.config import DataConfig, Kind
 from videogru.data.augment import augment_volume, sampling_draws
 from videogru.data.batching import Item, Key, Loaded, collate
+from videogru.data.cache import FrameCache
 from videogru.data.frames import FrameSource
 from videogru.data.layouts import Corpus
-from videogru.data.sources import open_source, read_clip
+from videogru.data.sources import open_source, read_clip, read_clips
 from videogru.data.transforms import prepare_clip
+from videogru.data.views import ONE_VIEW, Views, check_views, crop_places
 from videogru.data.volume import to_unit_range
 from videogru.data.watchdog import Crew, Watch, may_have_workers
 from videogru.errors import SourceError
-from videogru.sequence import SequenceBatch, Unit
+from videogru.sequence import FrameSequence, SequenceBatch, Unit
 
 # Starting a worker costs about what it takes to read this many files.
 _ROWS_WORTH_ANOTHER_WORKER = 8
@@ -30,11 +33,19 @@ _ROWS_WORTH_ANOTHER_WORKER = 8
 class ClipDataset(Dataset[Loaded]):
     """Fetches whole batches by key (epoch, row). `training` samples at random and augments volumes.
 
-    data: resolved for the corpus's kind (`DataConfig.for_kind`). Works in any worker process: files are opened there.
+    data: resolved for the corpus's kind (`DataConfig.for_kind`); views: of each row, instead of one clip, that many
+    clips times that many crops, one after the other. Works in any worker process: files are opened there. Raises
+    ConfigError where `data` has no such views.
     """
 
-    def __init__(self, corpus: Corpus, *, data: DataConfig, seed: int = 0, training: bool = False) -> None:
-        self.corpus, self.data, self.seed, self.training = corpus, data, seed, training
+    def __init__(
+        self, corpus: Corpus, *, data: DataConfig, seed: int = 0, training: bool = False, views: Views = ONE_VIEW
+    ) -> None:
+        check_views(views, data, corpus.kind)
+        self.corpus, self.data, self.seed, self.training, self.views = corpus, data, seed, training, views
+        self._last: FrameSource | None = None
+        # The cache holds centered squares.
+        self._cache = FrameCache(data) if data.cache != "none" and views[1] == 1 and corpus.arrays is None else None
         arrays = corpus.arrays
         wanted = (1, data.channels, data.frame_size, data.frame_size)
         # Stills that need no change are fetched as one slice of the array.
@@ -51,34 +62,68 @@ class ClipDataset(Dataset[Loaded]):
         """The same as a watchdog's job: `watch` learns which row is at work, and refuses some."""
         epoch, rows = keys[0][0], [row for _, row in keys]
         if self._stills is None:
-            return collate(epoch, [self._item(epoch, row, watch, place) for place, row in enumerate(rows)])
+            with ExitStack() as opened:
+                items = [self._items(epoch, row, opened, watch, place) for place, row in enumerate(rows)]
+            return collate(epoch, [item for some in items for item in some])
         indices = torch.tensor(rows)
         frames = torch.from_numpy(self._stills[rows])
         labels = torch.from_numpy(self.corpus.manifest.labels[rows])
         return Loaded(epoch, SequenceBatch(frames, torch.ones_like(indices), indices, labels), ())
 
-    def _item(self, epoch: int, row: int, watch: Watch, place: int) -> Item:
+    def _items(self, epoch: int, row: int, opened: ExitStack, watch: Watch, place: int) -> list[Item]:
         label = int(self.corpus.manifest.labels[row])
-        draws = sampling_draws(self.seed, epoch, row, self.data.num_frames) if self.training else None
         try:
-            with watch.reading(place), self._open(row) as source:
-                clip = read_clip(source, data=self.data, draws=draws, window=self.corpus.manifest.window(row))
-                clip = prepare_clip(clip, data=self.data, pixel_aspect=source.pixel_aspect)
+            with watch.reading(place):
+                source = self._shared(row, opened)
+                index = source.positions
+                clips = self._read(source, epoch, row)
+                if source.positions is not index:
+                    opened.close()  # corrected while reading: the next window must not know
         except SourceError as error:
+            opened.close()
             where = error.where or self.corpus.manifest.path(row)
-            return Item(row, label, None, str(SourceError(error.what, where=where, hint=error.hint)))
+            return [Item(row, label, None, str(SourceError(error.what, where=where, hint=error.hint)))]
         if self.training and self.corpus.kind == "volume":
-            clip = clip.with_frames(
-                augment_volume(clip.frames, config=self.data.augment, seed=self.seed, epoch=epoch, index=row)
-            )
-        return Item(row, label, clip)
+            augment = self.data.augment
+            clips = [
+                clip.with_frames(augment_volume(clip.frames, config=augment, seed=self.seed, epoch=epoch, index=row))
+                for clip in clips
+            ]
+        return [Item(row, label, clip) for clip in clips]
+
+    def _read(self, source: FrameSource, epoch: int, row: int) -> list[FrameSequence]:
+        window = self.corpus.manifest.window(row)
+        if self.training:
+            draws = sampling_draws(self.seed, epoch, row, self.data.num_frames + 1)
+            clips = [read_clip(source, data=self.data, draws=draws, window=window)]
+        else:
+            clips = read_clips(source, data=self.data, num_clips=self.views[0], window=window)
+        return [
+            prepare_clip(clip, data=self.data, pixel_aspect=source.pixel_aspect, place=place)
+            for clip in clips
+            for place in crop_places(self.views[1])
+        ]
+
+    def _shared(self, row: int, opened: ExitStack) -> FrameSource:
+        """The source of a row; neighbors in a batch that are windows of one file share it."""
+        if self.corpus.arrays is not None:
+            return self._open(row)
+        path = self.corpus.manifest.path(row)
+        if self._last is None or self._last.path != path:
+            opened.close()
+            self._last = opened.enter_context(self._open(row))
+            opened.callback(self._forget)
+        return self._last
 
     def _open(self, row: int) -> FrameSource:
         if self.corpus.arrays is not None:
-            return ArraySource(
-                self.corpus.arrays[row], Path(str(self.corpus.manifest.sources[row])), self.corpus.kind, self.data
-            )
-        return open_source(self.corpus.manifest.path(row), data=self.data, kind=self.corpus.kind)
+            path = Path(str(self.corpus.manifest.sources[row]))
+            return ArraySource(self.corpus.arrays[row], path, self.corpus.kind, self.data)
+        path = self.corpus.manifest.path(row)
+        return self._cache.open(path) if self._cache else open_source(path, data=self.data, kind=self.corpus.kind)
+
+    def _forget(self) -> None:
+        self._last = None
 
 
 class ArraySource:

@@ -330,7 +330,8 @@ class PyavVideo:
     ) -> tuple[dict[int, NDArray[np.uint8]], list[int | None]]:
         """Decode the stream from start to end and index it anew; returns the wanted frames by order, and all stamps.
 
-        Where stamps are missing or do not increase, frames are placed at the stream's average rate.
+        Frames that share a stamp are spread until the next one. Where stamps are missing or go back, frames are placed
+        at the stream's average rate.
         """
         found: dict[int, NDArray[np.uint8]] = {}
         stamps: list[int | None] = []
@@ -343,8 +344,10 @@ class PyavVideo:
         if not stamps:
             raise SourceError("not one frame can be decoded", where=self.path, hint="Check that it plays.")
         base, rate = self._stream.time_base, self._stream.average_rate
-        if _increasing(stamps):
-            positions = np.array(stamps, np.int64) * base.numerator / base.denominator
+        spread = _spread(stamps)
+        if spread is not None:
+            positions = spread * base.numerator / base.denominator
+            duration = duration if _increasing(stamps) else 0
         elif rate:
             start = min((pts for pts in stamps if pts is not None), default=0) * base.numerator / base.denominator
             positions = start + np.arange(len(stamps)) * rate.denominator / rate.numerator
@@ -400,6 +403,20 @@ def _identity(packet: Any) -> tuple[int | None, int | None, int]:
 def _increasing(stamps: list[int | None]) -> bool:
     known = [pts for pts in stamps if pts is not None]
     return len(known) == len(stamps) and all(a < b for a, b in pairwise(known))
+
+
+def _spread(stamps: list[int | None]) -> NDArray[np.float64] | None:
+    """Increasing places in ticks where stamps at most repeat, as 0 0 2 4 4 4 -> 0 1 2 4 4.67 5.33; None elsewhere."""
+    known = np.array([pts for pts in stamps if pts is not None], np.int64)
+    if len(known) != len(stamps) or (np.diff(known) < 0).any():
+        return None
+    starts, group, counts = np.unique(known, return_inverse=True, return_counts=True)
+    if len(starts) == 1 < len(known):
+        return None
+    gaps = np.diff(starts)
+    gaps = np.append(gaps, np.median(gaps) if len(gaps) else 0)
+    first = np.cumsum(counts) - counts
+    return np.asarray(known + (np.arange(len(known)) - first[group]) * gaps[group] / counts[group])
 
 
 def _turn(frame: Any) -> tuple[bool, bool, bool]:

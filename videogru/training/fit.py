@@ -168,8 +168,19 @@ def _card(classifier: Classifier, config: Config, corpus: Corpus, scores: dict[s
         data=config.data,
         dataset=corpus.name,
         license="" if corpus.card is None else corpus.card.license,
+        window_seconds=_window_seconds(corpus),
         metrics=scores,
     )
+
+
+def _window_seconds(corpus: Corpus) -> tuple[float, ...]:
+    """10th, 50th and 90th percentile of the lengths of the training windows; none for whole sources."""
+    rows = corpus.manifest.rows("train")
+    lengths = corpus.manifest.end_seconds[rows] - corpus.manifest.start_seconds[rows]
+    lengths = lengths[np.isfinite(lengths)]
+    if not len(lengths):
+        return ()
+    return tuple(round(float(length), 6) for length in np.quantile(lengths, (0.1, 0.5, 0.9)))
 
 
 def precision(asked: str) -> str:
