@@ -72,8 +72,7 @@ class PyavVideo:
         self._sequential = False
         self._pts: NDArray[np.int64] = np.empty(0, np.int64)
         self._places: list[int] = []
-        self._place_of: dict[tuple[int | None, int | None], int] = {}
-        self._bytes_of: dict[int, tuple[int | None, int]] = {}  # where a packet lies in the file, and its size
+        self._place_of: dict[tuple[int | None, int | None, int], int] = {}
         self._keys: list[_Key] = []
         self._reached = -1
         try:
@@ -182,8 +181,7 @@ class PyavVideo:
             if packet.pts is None:
                 trusted = False
                 continue
-            self._place_of[packet.pts, packet.dts] = self._place_of[packet.pts, None] = place
-            self._bytes_of[place] = packet.pos, packet.size
+            self._place_of[_identity(packet)] = place
             if packet.is_keyframe:
                 self._keys.append(_Key(place, packet.pts, packet.dts))
             # VP8 keeps frames that are only referred to in packets of their own.
@@ -207,6 +205,7 @@ class PyavVideo:
             or formats & _SEQUENTIAL_FORMATS
             or len(durations) != len(shown)
             or not shown
+            or first.pts != shown[0][0]  # the first to be shown gave no frame
             or any(self._key_before(pts, place) is None for pts, place in shown)
         ):
             self._decode_all(set(), set())
@@ -289,7 +288,7 @@ class PyavVideo:
             self._container.seek(target, stream=self._stream, backward=True, any_frame=False)
             packets = self._container.demux(self._stream)
             packet = next(packets, None)
-            landed = None if packet is None else self._place(packet)
+            landed = None if packet is None else self._place_of.get(_identity(packet))
             if landed is not None and landed <= key.place:
                 break
         else:
@@ -297,23 +296,19 @@ class PyavVideo:
         last = key.pts - 1
         self._reached = key.place
         while packet is not None:
-            place = self._place(packet)
-            # A damaged index may give other packets these stamps.
-            if place is not None and self._bytes_of[place] != (packet.pos, packet.size):
+            place = self._place_of.get(_identity(packet))
+            if place is None and packet.size:
                 raise _BrokenPromise
             self._reached = self._reached if place is None else max(self._reached, place)
             for frame in packet.decode():
-                if frame.is_corrupt or (frame.pts is not None and frame.pts < key.pts):
+                if frame.pts is not None and frame.pts < key.pts:
                     continue
-                if frame.pts is None or frame.pts <= last:
+                # After damage, what follows depends on all that was decoded before.
+                if frame.is_corrupt or frame.pts is None or frame.pts <= last:
                     raise _BrokenPromise
                 last = frame.pts
                 yield frame
             packet = next(packets, None)
-
-    def _place(self, packet: Any) -> int | None:
-        """Where a packet stands in decoding order. After a seek, Matroska's demuxer may not know its dts again."""
-        return self._place_of.get((packet.pts, packet.dts), self._place_of.get((packet.pts, None)))
 
     def _read_in_order(self, chosen: list[int]) -> list[NDArray[np.uint8]]:
         """The same frames after a broken promise, found by their time stamps in one pass over the whole stream."""
@@ -395,6 +390,14 @@ class PyavVideo:
         if self._transposed:
             pixels = pixels.transpose(1, 0, 2)
         return pixels[:: -1 if self._flip_y else 1, :: -1 if self._flip_x else 1]
+
+
+def _identity(packet: Any) -> tuple[int | None, int | None, int]:
+    """Time stamp, place in the file and size: a damaged index may give one packet's stamp to another.
+
+    Not the dts, which Matroska's demuxer may not know again after a seek.
+    """
+    return packet.pts, packet.pos, packet.size
 
 
 def _increasing(stamps: list[int | None]) -> bool:
