@@ -70,7 +70,16 @@ class FrameCache:
         self.folder = cache_folder(data)
         self.limit_bytes = int(data.cache_gib * 2**30)
         parts = [*_PARTS, data.decoder] if data.decoder in ("decord", "torchcodec") else _PARTS
-        how = (data.cache, data.decoder, data.frame_size, data.fit, data.channels, JPEG_QUALITY, _MAGIC.decode())
+        how = (
+            data.cache,
+            data.decoder,
+            data.frame_size,
+            data.fit,
+            data.channels,
+            data.folder_fps,
+            JPEG_QUALITY,
+            _MAGIC.decode(),
+        )
         self._how = json.dumps([*how, *(version(part) for part in parts)])
         self._refused: set[str] = set()
         self._full = self._counted = False

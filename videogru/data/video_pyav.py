@@ -335,8 +335,7 @@ class PyavVideo:
     ) -> tuple[dict[int, NDArray[np.uint8]], list[int | None]]:
         """Decode the stream from start to end and index it anew; returns the wanted frames by order, and all stamps.
 
-        Frames that share a stamp are spread until the next one. Where stamps are missing or go back, frames are placed
-        at the stream's average rate.
+        Frames that share a stamp are spread until the next. Where stamps are missing or go back, the rate counts.
         """
         found: dict[int, NDArray[np.uint8]] = {}
         stamps: list[int | None] = []
@@ -349,8 +348,7 @@ class PyavVideo:
         if not stamps:
             raise SourceError("not one frame can be decoded", where=self.path, hint="Check that it plays.")
         base, rate = self._stream.time_base, self._stream.average_rate
-        spread = _spread(stamps)
-        if spread is not None:
+        if (spread := _spread(stamps)) is not None:
             positions = spread * base.numerator / base.denominator
             duration = duration if _increasing(stamps) else 0
         elif rate:
@@ -410,10 +408,9 @@ def _spread(stamps: list[int | None]) -> NDArray[np.float64] | None:
     starts, group, counts = np.unique(known, return_inverse=True, return_counts=True)
     if len(starts) == 1 < len(known):
         return None
-    gaps = np.diff(starts)
-    gaps = np.append(gaps, np.median(gaps) if len(gaps) else 0)
-    first = np.cumsum(counts) - counts
-    return np.asarray(known + (np.arange(len(known)) - first[group]) * gaps[group] / counts[group])
+    gaps = np.append(np.diff(starts), np.median(np.diff(starts)) if len(starts) > 1 else 0)
+    nth = np.arange(len(known)) - (np.cumsum(counts) - counts)[group]
+    return np.asarray(known + nth * gaps[group] / counts[group])
 
 
 def _turn(frame: Any) -> tuple[bool, bool, bool]:
