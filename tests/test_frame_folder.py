@@ -321,7 +321,7 @@ def test_links_out_of_a_manifest_s_folder_are_refused(tmp_path: Path) -> None:
     (root / "frames.mp4" / "img_00003.png").symlink_to(outside / "img_00003.png")
     (root / "linked").symlink_to(outside)
     (root / "good" / "img_00003.png").symlink_to("img_00002.png")  # stays inside
-    for source, words in (("frames.mp4", r"frames.mp4/img_00003.png is a link"), ("linked", "'linked' is a link")):
+    for source, words in (("frames.mp4", r"frames.mp4.*img_00003.png is a link"), ("linked", "'linked' is a link")):
         (root / "table.csv").write_text(f"source,label\ngood,a\n{source},b\n")
         with pytest.raises(DataError, match=words):
             open_corpus(DataConfig(dataset=str(root / "table.csv")))
