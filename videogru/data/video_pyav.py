@@ -23,6 +23,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from videogru.config import Kind
+from videogru.data.time_stamps import increasing, spread
 from videogru.errors import SourceError
 from videogru.sequence import Unit
 
@@ -72,7 +73,7 @@ class PyavVideo:
         self._sequential = False
         self._pts: NDArray[np.int64] = np.empty(0, np.int64)
         self._places: list[int] = []
-        self._place_of: dict[tuple[int | None, int | None, int], int] = {}
+        self._place_of: dict[tuple[int | None, int, int | None], int] = {}
         self._keys: list[_Key] = []
         self._reached = -1
         try:
@@ -297,9 +298,10 @@ class PyavVideo:
         self._reached = key.place
         while packet is not None:
             place = self._place_of.get(_identity(packet))
-            if place is None and packet.size:
+            # With a damaged index, a seek may find other packets, or these with other stamps.
+            if place is None and packet.size and not packet.is_corrupt:
                 raise _BrokenPromise
-            self._reached = self._reached if place is None else max(self._reached, place)
+            self._reached = max(self._reached, -1 if place is None else place)
             for frame in packet.decode():
                 if frame.pts is not None and frame.pts < key.pts:
                     continue
@@ -315,7 +317,7 @@ class PyavVideo:
         wanted = [int(self._pts[index]) for index in chosen]
         declared = len(self.positions)
         found, stamps = self._decode_all(set(wanted), set(chosen))
-        if _increasing(stamps):
+        if increasing(stamps):
             orders = {pts: order for order, pts in enumerate(stamps)}
             taken = [orders.get(pts, -1) for pts in wanted]
         else:  # The stamps are no help; the order is, if no frame is missing.
@@ -330,8 +332,7 @@ class PyavVideo:
     ) -> tuple[dict[int, NDArray[np.uint8]], list[int | None]]:
         """Decode the stream from start to end and index it anew; returns the wanted frames by order, and all stamps.
 
-        Frames that share a stamp are spread until the next one. Where stamps are missing or go back, frames are placed
-        at the stream's average rate.
+        Frames that share a stamp are spread until the next. Where stamps are missing or go back, the rate counts.
         """
         found: dict[int, NDArray[np.uint8]] = {}
         stamps: list[int | None] = []
@@ -344,10 +345,9 @@ class PyavVideo:
         if not stamps:
             raise SourceError("not one frame can be decoded", where=self.path, hint="Check that it plays.")
         base, rate = self._stream.time_base, self._stream.average_rate
-        spread = _spread(stamps)
-        if spread is not None:
-            positions = spread * base.numerator / base.denominator
-            duration = duration if _increasing(stamps) else 0
+        if (ticks := spread(stamps)) is not None:
+            positions = ticks * base.numerator / base.denominator
+            duration = duration if increasing(stamps) else 0
         elif rate:
             start = min((pts for pts in stamps if pts is not None), default=0) * base.numerator / base.denominator
             positions = start + np.arange(len(stamps)) * rate.denominator / rate.numerator
@@ -392,31 +392,11 @@ class PyavVideo:
         return pixels[:: -1 if self._flip_y else 1, :: -1 if self._flip_x else 1]
 
 
-def _identity(packet: Any) -> tuple[int | None, int | None, int]:
-    """Time stamp, place in the file and size: a damaged index may give one packet's stamp to another.
-
-    Not the dts, which Matroska's demuxer may not know again after a seek.
+def _identity(packet: Any) -> tuple[int | None, int, int | None]:
+    """What tells a packet in every pass: its bytes, which VP8's hidden frames do not share, and its time, which differs
+    where an edit list shows it twice. Not its dts: after a seek, Matroska's demuxer may not know it again.
     """
-    return packet.pts, packet.pos, packet.size
-
-
-def _increasing(stamps: list[int | None]) -> bool:
-    known = [pts for pts in stamps if pts is not None]
-    return len(known) == len(stamps) and all(a < b for a, b in pairwise(known))
-
-
-def _spread(stamps: list[int | None]) -> NDArray[np.float64] | None:
-    """Increasing places in ticks where stamps at most repeat, as 0 0 2 4 4 4 -> 0 1 2 4 4.67 5.33; None elsewhere."""
-    known = np.array([pts for pts in stamps if pts is not None], np.int64)
-    if len(known) != len(stamps) or (np.diff(known) < 0).any():
-        return None
-    starts, group, counts = np.unique(known, return_inverse=True, return_counts=True)
-    if len(starts) == 1 < len(known):
-        return None
-    gaps = np.diff(starts)
-    gaps = np.append(gaps, np.median(gaps) if len(gaps) else 0)
-    first = np.cumsum(counts) - counts
-    return np.asarray(known + (np.arange(len(known)) - first[group]) * gaps[group] / counts[group])
+    return packet.pos, packet.size, packet.pts
 
 
 def _turn(frame: Any) -> tuple[bool, bool, bool]:
