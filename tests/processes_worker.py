@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from test_fit import bars, settings
 
 from videogru.config import Config
 from videogru.data import datamodule
-from videogru.data.batching import Item, Loaded, collate
-from videogru.data.layouts import Corpus
+from videogru.data.batching import Loaded
 from videogru.errors import VideogruError
 from videogru.training.fit import fit
 from videogru.training.processes import ALONE, Group, joined, this_group
@@ -26,7 +24,12 @@ from videogru.training.task import SequenceTask
 SAME = {"model__input_dropout": 0.0, "model__dropout": 0.0, "train__epochs": 2, "train__batch_size": 10}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "adam": {},
-    "norms": {"model__encoder": "small", "train__optimizer": "sgd", "train__lr": 0.1, "train__save_every_minutes": 1e-6},
+    "norms": {
+        "model__encoder": "small",
+        "train__optimizer": "sgd",
+        "train__lr": 0.1,
+        "train__save_every_minutes": 1e-6,
+    },
     "weighted": {"train__class_weights": "balanced", "train__ema_decay": 0.9, "train__keep": "last"},
     "muon": {"model__encoder": "conv2", "train__optimizer": "muon"},
     "bad": {"model__encoder": "small", "train__optimizer": "sgd", "train__lr": 0.1},
@@ -61,7 +64,11 @@ class Notes:
         self.trained: list[tuple[int, int]] = []
         self.validated: list[int] = []
         self.scores: list[dict[str, float]] = []
-        train, validate, score = SequenceTask.training_step, SequenceTask.validation_step, SequenceTask.validation_scores
+        train, validate, score = (
+            SequenceTask.training_step,
+            SequenceTask.validation_step,
+            SequenceTask.validation_scores,
+        )
 
         def training_step(task: SequenceTask, loaded: Loaded, index: int) -> Any:
             assert loaded.batch is None or loaded.batch.indices is not None
@@ -114,7 +121,7 @@ def train(name: str, folder: Path, group: Group = ALONE, *, resume: bool = False
 
 
 def main() -> None:
-    """Train all scenarios, then one of them stopped by a signal to one process and resumed, and one with too many bad."""
+    """Train all scenarios, one of them once more with a stop, and one with too many bad files."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     seen: dict[str, Any] = {}

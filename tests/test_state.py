@@ -1,4 +1,4 @@
-"""A training killed with SIGKILL at awkward moments goes on to the same bits; a state that cannot be used is refused."""
+"""Killed with SIGKILL at awkward moments, a training goes on to the same bits; an unusable state is refused."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_fit import bars, same, settings, train
+from test_fit import same, settings, train
 
 from videogru.errors import DataError, VideogruError
 from videogru.training import callbacks, state

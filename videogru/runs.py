@@ -38,7 +38,7 @@ from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import MODEL_FILE_NAME, find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
 from videogru.training.fit import Trained, fit, trainable_classifier
-from videogru.training.processes import Group, is_started, joined, this_group
+from videogru.training.processes import Group, check_gpus, is_started, joined, this_group
 from videogru.training.state import STATE_FILE
 
 Say = Callable[[str], None]
@@ -124,6 +124,7 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
     with joined(this_group(config.train)) as group:
         say = say if group.is_first else _silent
         config, corpus = group.agreed(lambda: _prepared(config, group))
+        _check_same_rows(corpus, group)
         for note in corpus.notes:
             say(f"note: {note}")
         run = group.by_first(lambda: _begun_run(config, corpus, out))
@@ -170,7 +171,6 @@ def _prepared(config: Config, group: Group) -> tuple[Config, Corpus]:
     if corpus.kind == "video":
         check_decoder(config.data.decoder)
     _check_names(corpus)
-    _check_same_rows(corpus, group)
     return config, corpus
 
 
@@ -206,9 +206,16 @@ def _remove_unfinished(run: Path) -> None:
 
 
 def processes_to_start(config: Config) -> tuple[int, int] | None:
-    """(devices, nodes) where the settings want several processes and nobody started them yet."""
+    """(devices, nodes) where the settings want several processes and nobody started them yet.
+
+    Raises what all of them would raise before they train.
+    """
     devices, nodes = config.train.devices or 1, config.train.nodes or 1
-    return (devices, nodes) if devices * nodes > 1 and not is_started() else None
+    if devices * nodes == 1 or is_started():
+        return None
+    check_gpus(devices)
+    _prepared(config, Group(world=devices * nodes, local_world=devices))
+    return devices, nodes
 
 
 def _check_names(corpus: Corpus) -> None:
@@ -245,7 +252,11 @@ def run_config(run: Path) -> Config:
     """The settings a run was made with. Raises ConfigError where this is no run folder."""
     path = run / "config.yaml"
     if not path.is_file():
-        raise ConfigError("no run folder: it has no config.yaml", where=run)
+        raise ConfigError(
+            "no run folder: it has no config.yaml",
+            where=run,
+            hint="A run that was killed before it began has none either: remove the folder, and start anew.",
+        )
     return resolve_config((str(path), read_settings_file(path)))
 
 

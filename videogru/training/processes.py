@@ -148,13 +148,18 @@ def _group(train: TrainConfig) -> Group:
             where="train.nodes, train.devices",
             hint="Leave --devices and --nodes out under torchrun; a run is resumed with as many processes as it began.",
         )
-    if torch.cuda.is_available() and group.local_rank >= torch.cuda.device_count():
+    check_gpus(devices)
+    return group
+
+
+def check_gpus(devices: int) -> None:
+    """Raises ConfigError where there are GPUs, but fewer than processes."""
+    if torch.cuda.is_available() and devices > torch.cuda.device_count():
         raise ConfigError(
             f"{devices} processes, each with a GPU of its own, but here are {torch.cuda.device_count()} GPUs",
             where="train.devices",
             hint="Use --devices with as many, or hide the GPUs: CUDA_VISIBLE_DEVICES=",
         )
-    return group
 
 
 @contextmanager
