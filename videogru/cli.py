@@ -341,7 +341,7 @@ def _run() -> int:
             _say("interrupted")
         return code
     except VideogruError as error:
-        if not error.is_echo:
+        if not (error.is_echo or _is_beside_another()):
             _say(str(error) if error.exit_code == 130 else f"error: {error}")
         return error.exit_code
     except MemoryError as error:
@@ -354,6 +354,12 @@ def _run() -> int:
         return 2
     except Exception as error:  # noqa: BLE001
         return _click_exit(error)
+
+
+def _is_beside_another() -> bool:
+    """Whether torchrun started this process beside another here, which meets the same errors and tells them."""
+    variables = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    return None not in variables and variables[-1] != "0"
 
 
 def _click_exit(error: Exception) -> int:

@@ -89,20 +89,23 @@ def _watch(
             for process in processes:
                 if process.poll() is None:
                     process.send_signal(signals.number)
-        if not failed:
-            failed = next((process.returncode for process in processes if process.returncode), 0)
-            if failed and failed != 130:
-                rank = first + next(n for n, process in enumerate(processes) if process.returncode == failed)
-                if failed < 0:
-                    say(f"error: process {rank} was ended by {signal.Signals(-failed).name}; ending the others")
-                deadline = time.monotonic() + _GRACE_SECONDS
+        if not failed and (failed := _first_failure(processes)) and failed != 130:
+            deadline = time.monotonic() + _GRACE_SECONDS
         if deadline and time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    failed = failed or next((process.returncode for process in processes if process.returncode), 0)
-    if handed_on and failed < 0:
+    killed = [n for n, process in enumerate(processes) if (process.poll() or 0) < 0]
+    if killed and handed_on:
         return 130
-    return 1 if failed < 0 else failed
+    if killed:
+        name = signal.Signals(-processes[killed[0]].returncode).name
+        say(f"error: process {first + killed[0]} was ended by {name}; go on with --resume")
+        return 1
+    return failed or _first_failure(processes)
+
+
+def _first_failure(processes: list[subprocess.Popen[bytes]]) -> int:
+    return next((process.returncode for process in processes if process.returncode), 0)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -110,14 +110,6 @@ def this_group(train: TrainConfig) -> Group:
 
     Raises ConfigError where the environment contradicts train.devices or train.nodes, or has no sense.
     """
-    try:
-        return _group(train)
-    except ConfigError as error:
-        error.is_echo = os.environ.get("LOCAL_RANK", "0") != "0"
-        raise
-
-
-def _group(train: TrainConfig) -> Group:
     if not is_started():
         if (train.devices or 1) * (train.nodes or 1) > 1:
             raise ConfigError(
@@ -200,7 +192,7 @@ def noticing_lost_processes(group: Group) -> Iterator[None]:
         if group.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text):
             raise
         raise ProcessLost(
-            f"process {group.rank} lost the others ({_first_line(error)})", hint="See above what ended them."
+            f"process {group.rank} lost the others ({_first_line(error)[:100]})", hint="See above what ended them."
         ) from error
 
 

@@ -1,0 +1,105 @@
+"""The command line killed with SIGKILL at ten random moments, resumed each time: the same bits as uninterrupted."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import KINDS
+from safetensors.torch import load_file
+from test_fit import same
+from test_launch import gone
+from test_processes import ROOT, environment
+
+KILLS = 10
+SMALL = [
+    *("--set", "model.encoder_width=8", "--set", "model.hidden_size=16", "--set", "train.num_workers=1"),
+    *("--set", "train.precision=fp32", "--set", "train.save_every_minutes=0.002", "--batch-size", "4"),
+]
+# Data set, and what makes it train for some ten seconds.
+SETS: dict[str, list[str]] = {
+    "grid_digits": ["--epochs", "3", "--set", "data.frame_size=32", "--set", "data.num_frames=8"],
+    "volume": ["--epochs", "12", "--set", "data.frame_size=32", "--set", "data.num_frames=6"],
+    "image": ["--epochs", "60", "--set", "data.frame_size=16", "--set", "train.ema_decay=0.9"],
+}
+
+pytestmark = pytest.mark.slow
+
+
+def data(kind: str, folder: Path) -> Path:
+    """Sixty clips of the bundled set, or forty made sources."""
+    if kind == "grid_digits":
+        bundled = ROOT / "datasets" / "grid_digits"
+        head, *rows = (bundled / "manifest.csv").read_text().splitlines()
+        few = random.Random(0).sample(rows, 60)
+        table = folder / "digits.csv"
+        (folder / "clips").symlink_to(bundled / "clips")
+        table.write_text("\n".join([head, *few]))
+        return table
+    suffix, write = KINDS[kind]
+    for label, flag in (("a", True), ("b", False)):
+        (folder / "data" / label).mkdir(parents=True)
+        for number in range(20):
+            write(folder / "data" / label / f"{number}{suffix}", flag, number + 100 * flag)
+    return folder / "data"
+
+
+def start(arguments: list[object], log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "videogru", "train", *map(str, arguments)]
+    with log.open("a") as file:
+        return subprocess.Popen(command, env=environment(), stderr=file, stdout=file, start_new_session=True)
+
+
+def members(group: int) -> list[int]:
+    """The processes of a process group."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", SETS)
+def test_ended_at_ten_random_moments(tmp_path: Path, kind: str, number: int) -> None:
+    if number != signal.SIGKILL and kind != "image":
+        pytest.skip("the two signals are tried on one kind")
+    source, log = data(kind, tmp_path), tmp_path / "log"
+    new = ["--dataset", source, *SMALL, *SETS[kind]]
+    started = time.monotonic()
+    assert start([*new, "--out", tmp_path / "whole"], log).wait() == 0, log.read_text()
+    seconds = time.monotonic() - started
+    run, moments, ended, codes = tmp_path / "cut", random.Random(7), 0, []
+    while ended < KILLS:
+        begun = (run / "config.yaml").exists()
+        process = start(["--resume", run] if begun else [*new, "--out", run], log)
+        try:
+            # Each start costs a part of this; the rest goes into training, or evaluation.
+            codes.append(process.wait(moments.uniform(0.2, 0.8) * seconds))
+            assert codes[-1] == 0, log.read_text()[-3000:]
+        except subprocess.TimeoutExpired:
+            everyone = members(process.pid)
+            # The whole group as a terminal or `timeout -s KILL` would; once the parent alone, and its readers must end.
+            if ended % 3 == 2 or number == signal.SIGTERM:
+                process.send_signal(number)
+            else:
+                os.killpg(process.pid, number)
+            codes.append(process.wait(120))
+            assert gone(everyone, 10), "readers stay behind"
+        ended += 1
+        if not begun and run.exists() and not (run / "config.yaml").exists():
+            for left in run.iterdir():
+                left.unlink()
+    assert start(["--resume", run], log).wait() == 0, log.read_text()[-3000:]
+    print(kind, codes, log.read_text().count("going on with"), "resumed,", log.read_text().count("finished already"))
+    assert same(*(load_file(place / "model.safetensors") for place in (tmp_path / "whole", run)))
+    one, other = ((place / "predictions-test.csv").read_bytes() for place in (tmp_path / "whole", run))
+    assert one == other
