@@ -76,6 +76,7 @@ def started() -> Iterator[list[Training]]:
     for training in trainings:
         with contextlib.suppress(OSError):
             os.killpg(training.process.pid, signal.SIGKILL)
+        training.process.wait()
 
 
 def gone(pids: list[int], seconds: float = 60) -> bool:

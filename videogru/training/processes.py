@@ -156,7 +156,10 @@ def check_gpus(devices: int) -> None:
 
 @contextmanager
 def joined(group: Group) -> Iterator[Group]:
-    """Connect the processes: gloo between CPUs, NCCL between GPUs. Raises ConfigError where they do not meet."""
+    """Connect the processes: gloo between CPUs, NCCL between GPUs.
+
+    Raises ConfigError where they do not meet, ProcessLost inside where another one ends.
+    """
     if group.world == 1:
         yield group
         return
@@ -174,7 +177,8 @@ def joined(group: Group) -> Iterator[Group]:
             hint="MASTER_ADDR names the first machine, MASTER_PORT a free port on it; torchrun: --master-port=PORT.",
         ) from error
     try:
-        yield group
+        with _noticing_lost_processes(group):
+            yield group
     except VideogruError as error:
         error.is_echo = not group.is_first
         raise
@@ -183,7 +187,7 @@ def joined(group: Group) -> Iterator[Group]:
 
 
 @contextmanager
-def noticing_lost_processes(group: Group) -> Iterator[None]:
+def _noticing_lost_processes(group: Group) -> Iterator[None]:
     """Turn what the connection says when another process ended into ProcessLost."""
     try:
         yield
