@@ -106,6 +106,19 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, whole: Path, momen
     assert curves(whole) == curves(tmp_path)
 
 
+@pytest.mark.parametrize("step", [5, 6, 7])
+def test_readers_begin_in_the_right_epoch(tmp_path: Path, whole: Path, step: int) -> None:
+    """Five steps an epoch; readers ask for what comes next before the step that goes before it."""
+
+    def work() -> None:
+        die_in(SequenceTask, "training_step", step)
+        train(tmp_path, settings(**CONFIG, train__num_workers=1))
+
+    assert killed(work)
+    resumed = train(tmp_path, settings(**CONFIG, train__num_workers=1), resume=True)
+    assert same(load_file(whole / "model.safetensors"), resumed)
+
+
 def test_killed_at_random_moments_again_and_again(tmp_path: Path, whole: Path) -> None:
     moments = random.Random(4)
     for _ in range(3):
