@@ -37,8 +37,7 @@ class CorpusModule(pl.LightningDataModule):
             self.corpus.manifest.rows("train"),
             batch_size=self.config.train.batch_size,
             seed=self.config.train.seed,
-            # Not current_epoch: as a run goes on from the end of an epoch, that is still the one before when the readers
-            # begin.
+            # Not current_epoch: where a run goes on from the end of an epoch, it still is that one as readers begin.
             epoch=lambda: int(trainer.fit_loop.epoch_progress.current.processed),
             rank=trainer.global_rank,
             world=trainer.world_size,
