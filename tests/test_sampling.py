@@ -105,3 +105,55 @@ def test_bad_counts_and_draws_are_value_errors() -> None:
         sampling.random(positions=CFR, extent=(0.0, 1.0), num_frames=3, draws=np.zeros(2))
     with pytest.raises(ValueError, match="0, 1"):
         sampling.random(positions=CFR, extent=(0.0, 1.0), num_frames=2, draws=np.array([0.0, 1.0]))
+
+
+def test_several_places_interleave_and_the_middle_is_the_default() -> None:
+    places = [sampling.uniform(positions=CFR, extent=(0.0, 1.0), num_frames=2, place=place) for place in (0.1, 0.7)]
+    # segments 0..0.5 and 0.5..1: times 0.05 and 0.55, 0.35 and 0.85
+    assert [place.tolist() for place in places] == [[0, 5], [3, 8]]
+    middle = sampling.uniform(positions=CFR, extent=(0.0, 1.0), num_frames=3, place=0.5)
+    assert middle.tolist() == sampling.uniform(positions=CFR, extent=(0.0, 1.0), num_frames=3).tolist()
+
+
+@pytest.mark.parametrize(("rule", "truth"), [("showing", showing), ("nearest", nearest)])
+@pytest.mark.parametrize("place", [0.0, 0.3, 1.0])
+def test_dense_against_a_loop(rule: str, truth, place: float) -> None:
+    rng = np.random.default_rng(3)
+    positions = np.cumsum(rng.uniform(0.01, 0.05, 200))
+    start, end, stride, count = float(positions[0]), float(positions[-1]) + 0.03, 0.11, 8
+    begin = start + place * (end - start - count * stride)
+    expected = sorted({truth(positions, begin + (k + 0.5) * stride) for k in range(count)})
+    found = sampling.dense(
+        positions=positions, extent=(start, end), num_frames=count, stride=stride, place=place, rule=rule
+    )
+    assert found.tolist() == expected
+
+
+def test_dense_keeps_its_stride_whatever_the_rate() -> None:
+    for rate in (25, 50, 60):
+        positions = np.arange(4 * rate) / rate
+        found = sampling.dense(positions=positions, extent=(0.0, 4.0), num_frames=5, stride=0.2, place=0.5)
+        assert np.allclose(np.diff(positions[found]), 0.2, atol=1 / rate)
+        assert abs(float(positions[found].mean()) - 2.0) <= 1 / rate
+
+
+def test_dense_in_a_short_extent_gives_what_lies_in_it() -> None:
+    # strides 0.4 from 0 on: 0.2, 0.6, then 1.0 which is the end
+    for place in (0.0, 0.5, 1.0):
+        found = sampling.dense(positions=CFR, extent=(0.0, 1.0), num_frames=5, stride=0.4, place=place)
+        assert found.tolist() == [2, 6]
+    assert sampling.dense(positions=CFR, extent=(0.0, 1.0), num_frames=2, stride=9.0, place=0.0).tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"stride": 0.0}, {"stride": float("nan")}, {"place": -0.1}, {"place": 1.1}, {"num_frames": 0}]
+)
+def test_dense_refuses(bad: dict[str, float]) -> None:
+    settings = {"num_frames": 2, "stride": 0.1, "place": 0.5} | bad
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        sampling.dense(positions=CFR, extent=(0.0, 1.0), **settings)  # type: ignore[arg-type]
+
+
+def test_a_place_outside_of_a_segment_is_refused() -> None:
+    with pytest.raises(ValueError, match="place"):
+        sampling.uniform(positions=CFR, extent=(0.0, 1.0), num_frames=2, place=1.0)

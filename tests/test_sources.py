@@ -14,7 +14,7 @@ from PIL import Image
 from videogru.config import DataConfig
 from videogru.data.frames import SUFFIXES, kind_of_name
 from videogru.data.image import StillImage
-from videogru.data.sources import DICOM_SUFFIXES, open_source, read_clip
+from videogru.data.sources import DICOM_SUFFIXES, open_source, read_clip, read_clips
 from videogru.data.video_pyav import PyavVideo
 from videogru.data.volume import Volume
 from videogru.errors import SourceError
@@ -159,10 +159,65 @@ def test_a_window_counts_on_the_videos_own_time_line(tmp_path: Path) -> None:
 
 def test_draws_choose_the_frame_within_each_segment(tmp_path: Path) -> None:
     with open_source(gray_video(tmp_path / "a.mp4", 24), data=DATA) as source:
-        clip = read_clip(source, data=DATA, draws=np.array([0.0, 0.99, 0.4, 0.6]))
+        clip = read_clip(source, data=DATA, draws=np.array([0.0, 0.99, 0.4, 0.6, 0.5]))
         assert numbers(clip.frames) == [0, 11, 14, 21]
         with pytest.raises(ValueError, match="shape"):
-            read_clip(source, data=DATA, draws=np.zeros(3))
+            read_clip(source, data=DATA, draws=np.zeros(4))
+
+
+def test_the_policies_of_sampling(tmp_path: Path) -> None:
+    def clip(sampling: str, draws: np.ndarray | None = None) -> list[int]:
+        data = DATA.model_copy(update={"sampling": sampling, "stride_seconds": 0.08})
+        return numbers(read_clip(source, data=data, draws=draws).frames)
+
+    first, last = np.zeros(5), np.full(5, 0.999)
+    with open_source(gray_video(tmp_path / "a.mp4", 24), data=DATA) as source:
+        assert clip("random") == clip("uniform") == clip("uniform", first) == [3, 9, 15, 21]
+        assert clip("random", first) == [0, 6, 12, 18]
+        # 4 strides of 2 frames; centers of strides; from the middle: 8..16
+        assert clip("dense", first) == [1, 3, 5, 7]
+        assert clip("dense") == [9, 11, 13, 15]
+        assert clip("dense", last) == [16, 18, 20, 22]
+        assert clip("all") == clip("all", first) == list(range(24))
+
+
+def test_context_and_shift_of_a_window_stay_inside_the_video(tmp_path: Path) -> None:
+    def clip(window: tuple[float, float], draw: float | None = None, **settings: float) -> list[int]:
+        augment = DATA.augment.model_copy(update={"shift_seconds": settings.pop("shift", 0.0)})
+        data = DATA.model_copy(update={"sampling": "all", "augment": augment, **settings})
+        draws = None if draw is None else np.array([0.5] * 4 + [draw])
+        return numbers(read_clip(source, data=data, window=window, draws=draws).frames)
+
+    with open_source(gray_video(tmp_path / "a.mp4", 25), data=DATA) as source:
+        window = (0.4, 0.56)
+        assert clip(window, context_seconds=0.08) == list(range(8, 16))
+        assert clip((0.0, 0.08), context_seconds=0.08) == [0, 1, 2, 3]
+        assert clip(window, 0.0, shift=0.08) == [8, 9, 10, 11]
+        assert clip(window, 0.5, shift=0.08) == clip(window, shift=0.08) == [10, 11, 12, 13]
+        assert clip(window, 0.99, shift=0.08) == [11, 12, 13, 14, 15]  # 0.478..0.638: parts of five frames show
+        assert clip((0.92, 1.0), 0.999, shift=0.5) == [23, 24]
+        assert clip((0.0, 0.08), 0.0, shift=0.5) == [0, 1]
+        with pytest.raises(SourceError, match="nothing lies between"):
+            clip((1.02, 1.1), context_seconds=0.2)
+
+
+def test_several_clips_are_decoded_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clips(count: int, **settings: object) -> list[list[int]]:
+        return [
+            numbers(clip.frames) for clip in read_clips(source, data=DATA.model_copy(update=settings), num_clips=count)
+        ]
+
+    with open_source(gray_video(tmp_path / "a.mp4", 24), data=DATA) as source:
+        assert clips(1) == [[3, 9, 15, 21]]
+        # segments of 6 frames at 1/6, 3/6, 5/6
+        assert clips(3) == [[1, 7, 13, 19], [3, 9, 15, 21], [5, 11, 17, 23]]
+        dense = {"sampling": "dense", "stride_seconds": 0.08}
+        assert clips(3, **dense) == [[1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]]
+        asked: list[list[int]] = []
+        read = source.read
+        monkeypatch.setattr(source, "read", lambda indices: asked.append(list(indices)) or read(indices))
+        clips(3)
+        assert asked == [[1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23]]
 
 
 def test_a_short_video_gives_a_short_clip(tmp_path: Path) -> None:
@@ -184,6 +239,6 @@ def test_a_volume_clip_in_millimetres(volume_path: Path) -> None:
 def test_an_image_clip(tmp_path: Path) -> None:
     Image.new("RGB", (4, 3), (9, 8, 7)).save(tmp_path / "a.png")
     with open_source(tmp_path / "a.png", data=DATA) as source:
-        clip = read_clip(source, data=DATA, draws=np.full(4, 0.7))
+        clip = read_clip(source, data=DATA, draws=np.full(5, 0.7))
     assert clip.frames.shape == (1, 3, 3, 4)
     assert (clip.unit, clip.positions.tolist()) == ("index", [0.0])

@@ -61,6 +61,11 @@ DataDirOption = Annotated[
 ]
 
 
+ViewsOption = Annotated[
+    str, typer.Option("--views", metavar="CLIPSxCROPS", help="Average over clips in time times crops, as 10x3.")
+]
+
+
 def _say(text: str) -> None:
     if "tqdm" in sys.modules:
         # A progress bar may be on the line; tqdm puts the text above it.
@@ -172,6 +177,7 @@ def _start_processes(wanted: tuple[int, int] | None) -> None:
     epilog="[bold]Examples[/bold]\n\n"
     "videogru eval runs/adrenalmnist3d-0001\n\n"
     "videogru eval runs/clips-0001 --split val\n\n"
+    "videogru eval runs/clips-0001 --views 10x3\n\n"
     "videogru eval model.safetensors --dataset table.csv --out scores/",
 )
 def evaluate(
@@ -179,6 +185,7 @@ def evaluate(
     split: Annotated[SplitName, typer.Option(help="Rows to evaluate on.")] = SplitName.test,
     dataset: Annotated[str | None, typer.Option(help="Another data set than the model was trained on.")] = None,
     data_dir: DataDirOption = None,
+    views: ViewsOption = "1x1",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; default: in the run.", show_default=False)
@@ -186,9 +193,17 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a split: metrics with 95 % intervals, predictions, report."""
     from videogru import runs
+    from videogru.data.views import parse_views
 
     outcome = runs.evaluate_run(
-        run_or_model, split=split.value, dataset=dataset, data_dir=data_dir, device=device, out=out, say=_say
+        run_or_model,
+        split=split.value,
+        dataset=dataset,
+        data_dir=data_dir,
+        views=parse_views(views),
+        device=device,
+        out=out,
+        say=_say,
     )
     _show_outcome(outcome)
     if any(evaluation.failed for evaluation in outcome.evaluations.values()):
@@ -197,9 +212,35 @@ def evaluate(
 
 @app.command(
     epilog="[bold]Examples[/bold]\n\n"
+    "videogru probe runs/grid_digits-0001\n\n"
+    "videogru probe runs/adrenalmnist3d-0001 --split val"
+)
+def probe(
+    run_or_model: Annotated[Path, typer.Argument(help="Run folder or model file.")],
+    split: Annotated[SplitName, typer.Option(help="Rows to probe on.")] = SplitName.test,
+    data_dir: DataDirOption = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Does the model need time? Its score with the frames shuffled, reversed, alone, and one by one."""
+    from rich.table import Table
+
+    from videogru import runs
+    from videogru.inference.evaluate import METRIC_NAMES
+
+    found = runs.probe_run(run_or_model, split=split.value, data_dir=data_dir, device=device, say=_say)
+    table = Table("frames", METRIC_NAMES[found.metric], "95 % interval", "difference", box=None, pad_edge=False)
+    for row in found.table_rows():
+        table.add_row(*row)
+    _console().print(table)
+    print(found.verdict)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
     "videogru infer scan.nii.gz\n\n"
     "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
-    "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord"
+    "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord\n\n"
+    "videogru infer sentence.mp4 --windows"
 )
 def infer(
     paths: Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="PATHS...")],
@@ -212,26 +253,57 @@ def infer(
         Format | None, typer.Option(help="Default: by the ending of --out, else table.", show_default=False)
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes named per input.")] = 1,
+    views: ViewsOption = "1x1",
+    windows: Annotated[
+        bool, typer.Option("--windows", help="Find what shows when in long videos: a timeline and a picture of it.")
+    ] = False,
+    window_seconds: Annotated[
+        list[float] | None,
+        typer.Option(help="Length of the windows, repeatable; default: as trained.", show_default=False),
+    ] = None,
+    min_confidence: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Windows below do not count; default: 0.5.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     set_: SetOption = None,
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
     from videogru.config import parse_assignments
-    from videogru.inference import answers
+    from videogru.data.views import parse_views
+    from videogru.inference import answers, timeline_answers
 
     by_ending = {".csv": Format.csv, ".jsonl": Format.jsonl}
     chosen = format or (by_ending.get(out.suffix, Format.table) if out else Format.table)
-    failed = answers.answer(
-        paths,
-        model=model,
-        out=out,
-        form=chosen.value,
-        top_k=top_k,
-        device=device,
-        settings=parse_assignments(set_ or []),
-        progress=sys.stderr.isatty(),
-        say=_say,
-    )
+    if windows and (top_k != 1 or views != "1x1"):
+        raise ConfigError("--windows names one class per segment, from one view: leave --top-k and --views out")
+    if not windows and (window_seconds or min_confidence is not None):
+        raise ConfigError("--window-seconds and --min-confidence go with --windows", hint="Add --windows.")
+    if windows:
+        failed = timeline_answers.answer_windows(
+            paths,
+            model=model,
+            out=out,
+            form=chosen.value,
+            window_seconds=window_seconds or (),
+            min_confidence=0.5 if min_confidence is None else min_confidence,
+            device=device,
+            settings=parse_assignments(set_ or []),
+            progress=sys.stderr.isatty(),
+            say=_say,
+        )
+    else:
+        failed = answers.answer(
+            paths,
+            model=model,
+            out=out,
+            form=chosen.value,
+            top_k=top_k,
+            views=parse_views(views),
+            device=device,
+            settings=parse_assignments(set_ or []),
+            progress=sys.stderr.isatty(),
+            say=_say,
+        )
     if failed:
         raise typer.Exit(3)
 
@@ -321,10 +393,10 @@ def main() -> None:
     """Run a command; turn what went wrong into one message and an exit code."""
     # SIGTERM ends every command as Ctrl-C does: cleanly, with 130.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if launcher := os.environ.pop("VIDEOGRU_LAUNCHED_BY", ""):
-        from videogru.data.worker import end_with_parent
+    if "VIDEOGRU_LAUNCHED_BY" in os.environ:
+        from videogru.training.launch import end_with_launcher
 
-        end_with_parent(signal.SIGTERM, parent=int(launcher))
+        end_with_launcher()
     sys.exit(_run())
 
 

@@ -41,6 +41,7 @@ class AugmentConfig(Settings):
     brightness: Fraction = Field(0.0, description="largest change of brightness, as a fraction of full range")
     contrast: Fraction = Field(0.0, description="largest relative change of contrast")
     noise: Fraction = Field(0.0, description="largest sd of Gaussian noise, as a fraction of full range")
+    shift_seconds: float = Field(0.0, ge=0, description="largest shift of a start_seconds,end_seconds window in time")
     erase: Fraction = Field(
         0.0, description="probability of filling one square with the mean (volumes: a block with 0)"
     )
@@ -58,11 +59,35 @@ class DataConfig(Settings):
     num_frames: int = Field(
         16, ge=1, le=100_000, description="steps per clip; a shorter source gives fewer and is padded and masked"
     )
+    sampling: Literal["random", "uniform", "dense", "all"] = Field(
+        "random",
+        description="which steps make a clip. random: one from each of num_frames equal segments, at drawn places in "
+        "training, else at the centers; uniform: at the centers, always; dense: num_frames steps stride_seconds apart, "
+        "drawn in training, else from the middle; all: every step, whatever num_frames is",
+    )
+    stride_seconds: float = Field(0.1, gt=0, description="between the frames of sampling=dense")
+    context_seconds: float = Field(
+        0.0, ge=0, description="read before and after each start_seconds,end_seconds window, inside the video"
+    )
     channels: Literal[1, 3] | None = Field(None, description="1 gray, 3 RGB; default: 1 for volumes, else 3")
     fit: Literal["crop", "pad", "stretch"] | None = Field(
         None, description="to a square: crop the center, pad, or stretch; default: pad for volumes, else crop"
     )
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = Field("auto", description="video decoder")
+    decode_timeout_seconds: float = Field(
+        60.0,
+        ge=0,
+        le=1e6,
+        description="reading one source may take this long, then its process is ended and replaced, and the source "
+        "counts as unreadable; 0: no limit. Needs reader processes: with train.num_workers=0 nothing is watched",
+    )
+    cache: Literal["none", "jpeg", "raw"] = Field(
+        "none",
+        description="videos are decoded once, into frames that later epochs read; raw: the same bits, channels * "
+        "frame_size^2 bytes a frame; jpeg: near, about a tenth of that",
+    )
+    cache_dir: Path | None = Field(None, description="where; default: frame-cache/ beside the data sets")
+    cache_gib: float = Field(50.0, gt=0, description="of disk that the folder may fill; then no more is added")
     axis: Literal["axial", "coronal", "sagittal"] = Field("axial", description="axis along which a volume is unrolled")
     intensity: Literal["percentile", "window"] = Field("percentile", description="how volume intensities map to 0..1")
     percentile_low: float = Field(0.5, ge=0, le=100)
@@ -87,7 +112,21 @@ class DataConfig(Settings):
         return self
 
     def for_kind(self, kind: Kind) -> "DataConfig":
-        """The same with the defaults that depend on the kind of source filled in."""
+        """The same with the defaults that depend on the kind of source filled in.
+
+        Raises ConfigError where a setting is for another kind.
+        """
+        if kind != "video":
+            for key in ("context_seconds", "augment.shift_seconds"):
+                if self.context_seconds if key == "context_seconds" else self.augment.shift_seconds:
+                    raise ConfigError(f"data.{key} is for videos, not for a {kind}", hint="Leave it at 0.")
+            if self.cache != "none":
+                raise ConfigError(f"data.cache is for videos, not for a {kind}", hint="Leave it at none.")
+            if self.sampling == "dense":
+                raise ConfigError(
+                    f"data.sampling=dense counts in seconds, which a {kind} has none of",
+                    hint="Use random, uniform or all.",
+                )
         volume = kind == "volume"
         return self.model_copy(
             update={

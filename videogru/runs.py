@@ -25,15 +25,18 @@ from videogru.config import (
     read_settings_file,
     resolve_config,
 )
+from videogru.data.cache import check_cache
 from videogru.data.card import load_card
 from videogru.data.dataset import ClipDataset
 from videogru.data.describe import describe_corpus
 from videogru.data.layouts import Corpus, open_corpus
 from videogru.data.video import check_decoder
+from videogru.data.views import ONE_VIEW, Views, check_views
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.evaluate import Evaluation, evaluate
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, atomic_text, read_csv
+from videogru.inference.probe import Probe, probe
 from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import MODEL_FILE_NAME, find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
@@ -170,6 +173,7 @@ def _prepared(config: Config, group: Group) -> tuple[Config, Corpus]:
     trainable_classifier(config, corpus, processes=group.world)
     if corpus.kind == "video":
         check_decoder(config.data.decoder)
+        check_cache(config.data)
     _check_names(corpus)
     return config, corpus
 
@@ -178,7 +182,7 @@ def _check_same_rows(corpus: Corpus, group: Group) -> None:
     """Refuse machines that do not see the same data."""
     manifest = corpus.manifest
     seen = hashlib.sha256()
-    for column in (manifest.sources, manifest.labels, manifest.splits):
+    for column in (manifest.sources.blob, manifest.sources.offsets, manifest.labels, manifest.splits):
         seen.update(np.ascontiguousarray(column).tobytes())
     others = group.gather((corpus.classes, seen.hexdigest()))
     differing = [rank for rank, other in enumerate(others) if other != others[0]]
@@ -277,6 +281,7 @@ def assess(
     splits: list[Split],
     commands: list[str],
     device: str = "auto",
+    views: Views = ONE_VIEW,
     say: Say,
 ) -> Outcome:
     """Predict the splits, write predictions, evaluations and the report (of the last split) into `run`.
@@ -284,20 +289,19 @@ def assess(
     commands: what repeats this, for the report. Raises DataError where the corpus has classes that the model does not
     know, or a split has no rows; a split without one usable row is told and left out, unless it is the only one.
     """
-    predictor = Predictor.from_file(model, device=device, data=config.data)
+    # JPEG is near the file's frames, but what is reported must be what `infer` says of the file.
+    cache = "none" if config.data.cache == "jpeg" else config.data.cache
+    predictor = Predictor.from_file(model, device=device, data=config.data.model_copy(update={"cache": cache}))
     corpus = _with_classes_of(corpus, predictor.card.classes, model)
     predictions: dict[str, Predictions] = {}
     evaluations: dict[str, Evaluation] = {}
     for split in splits:
         rows = corpus.manifest.rows(split)
         if not len(rows):
-            filled = [name for name in SPLITS if len(corpus.manifest.rows(name))]
-            raise DataError(
-                f"no rows in the split {split}", where=corpus.name, hint=f"Use --split {' or '.join(filled)}."
-            )
+            raise _no_rows(corpus, split)
         written = run / f"predictions-{split}.csv"
         predictor.predict(
-            corpus, rows, batch_size=config.train.batch_size, num_workers=config.train.num_workers
+            corpus, rows, batch_size=config.train.batch_size, num_workers=config.train.num_workers, views=views
         ).write_csv(written)
         # What is reported is what was written.
         said = read_csv(written)
@@ -372,9 +376,46 @@ def _typed(*words: object) -> str:
 
 
 def evaluate_run(
-    path: Path, *, split: Split, dataset: str | None, data_dir: Path | None, device: str, out: Path | None, say: Say
+    path: Path,
+    *,
+    split: Split,
+    dataset: str | None,
+    data_dir: Path | None,
+    views: Views,
+    device: str,
+    out: Path | None,
+    say: Say,
 ) -> Outcome:
-    """Evaluate a run or a model file on a split; results go to `out`, else into the run (or beside the model)."""
+    """Evaluate a run or a model file on a split; results go to `out`, else into the run (or beside the model).
+
+    views: clips times crops of each source, whose probabilities are averaged.
+    """
+    model, settings, corpus = _opened(path, dataset=dataset, data_dir=data_dir)
+    if dataset is not None and out is None:
+        raise ConfigError("results on another data set do not belong into the run", hint="Name a folder: --out FOLDER")
+    check_views(views, settings.data.for_kind(corpus.kind), corpus.kind)
+    run = path if path.is_dir() else path.parent
+    # The run's own files and report are those of the test split, or of val where there is none.
+    usual = "test" if len(corpus.manifest.rows("test")) else "val"
+    plain = split == usual and views == ONE_VIEW
+    suffix = "" if views == ONE_VIEW else f"-{views[0]}x{views[1]}"
+    target = out or (run if plain else run / f"eval-{split}{suffix}")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the output folder cannot be made: {error}", where=target) from error
+    words: list[object] = ["eval", path, "--split", split]
+    words += [] if views == ONE_VIEW else ["--views", suffix[1:]]
+    for flag, value in (("--dataset", dataset), ("--data-dir", data_dir), ("--out", out)):
+        words += [] if value is None else [flag, value]
+    commands = [_typed(*words)]
+    return assess(
+        model, settings, corpus, target, splits=[split], commands=commands, device=device, views=views, say=say
+    )
+
+
+def _opened(path: Path, *, dataset: str | None, data_dir: Path | None) -> tuple[Path, Config, Corpus]:
+    """Model file, settings and data of a run folder or model file; `dataset` names another data set than its own."""
     model = find_model(path)
     card = read_card(model)
     run = path if path.is_dir() else path.parent
@@ -386,24 +427,34 @@ def evaluate_run(
     if data_dir is not None:
         update["data_dir"] = data_dir
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=update)})
-    if dataset is not None and out is None:
-        raise ConfigError("results on another data set do not belong into the run", hint="Name a folder: --out FOLDER")
     corpus = open_corpus(settings.data, seed=settings.data.split_seed, for_training=dataset is None)
     if corpus.kind != card.kind:
         raise ModelFileError(f"this model reads {card.kind}s, the data set holds {corpus.kind}s", where=model)
     if dataset is None and saved.is_file():
         _check_splits(corpus, run)
-    # The run's own files and report are those of the test split, or of val where there is none.
-    usual = "test" if len(corpus.manifest.rows("test")) else "val"
-    target = out or (run if split == usual else run / f"eval-{split}")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the output folder cannot be made: {error}", where=target) from error
-    words: list[object] = ["eval", path, "--split", split]
-    for flag, value in (("--dataset", dataset), ("--data-dir", data_dir), ("--out", out)):
-        words += [] if value is None else [flag, value]
-    return assess(model, settings, corpus, target, splits=[split], commands=[_typed(*words)], device=device, say=say)
+    return model, settings, corpus
+
+
+def probe_run(path: Path, *, split: Split, data_dir: Path | None, device: str, say: Say) -> Probe:
+    """Whether the model of a run uses the order of its steps; also written to probe-<split>.json in the run."""
+    model, settings, corpus = _opened(path, dataset=None, data_dir=data_dir)
+    predictor = Predictor.from_file(model, device=device, data=settings.data)
+    corpus = _with_classes_of(corpus, predictor.card.classes, model)
+    rows = corpus.manifest.rows(split)
+    if not len(rows):
+        raise _no_rows(corpus, split)
+    say(f"probing {model} on {len(rows)} {split} rows of {corpus.name}")
+    train = settings.train
+    found = probe(predictor, corpus, rows, batch_size=train.batch_size, num_workers=train.num_workers, seed=train.seed)
+    written = model.parent / f"probe-{split}.json"
+    found.to_json(written)
+    say(f"written to {written}")
+    return found
+
+
+def _no_rows(corpus: Corpus, split: Split) -> DataError:
+    filled = [name for name in SPLITS if len(corpus.manifest.rows(name))]
+    return DataError(f"no rows in the split {split}", where=corpus.name, hint=f"Use --split {' or '.join(filled)}.")
 
 
 def _strip(corpus: Corpus, data: DataConfig, row: int) -> np.ndarray | None:

@@ -1,7 +1,8 @@
 """Which steps of a source make a clip: pure functions on positions, before anything is decoded.
 
-A source has positions p0 < p1 < ... and an extent [start, end). The extent is cut into `num_frames` equal segments and
-one time is taken in each: its center (`uniform`) or a drawn place (`random`). The step that belongs to a time is
+A source has positions p0 < p1 < ... and an extent [start, end). Either it is cut into `num_frames` equal segments and
+one time is taken in each, at one place of all (`uniform`) or at drawn ones (`random`); or times lie a fixed stride
+apart (`dense`); or all steps are taken (`every`). The step that belongs to a time is
 
   rule "showing"  the last one that began (video: a frame shows until the next begins)
   rule "nearest"  the one whose center is nearest (volume: a slice has a thickness around its center)
@@ -25,13 +26,27 @@ Rule = Literal["showing", "nearest"]
 
 
 def uniform(
-    *, positions: NDArray[np.float64], extent: tuple[float, float], num_frames: int, rule: Rule = "showing"
+    *,
+    positions: NDArray[np.float64],
+    extent: tuple[float, float],
+    num_frames: int,
+    place: float = 0.5,
+    rule: Rule = "showing",
 ) -> NDArray[np.int64]:
-    """Increasing, unique indices of the steps at the segments' centers; at most `num_frames`.
+    """Increasing, unique indices of the steps at one place of each segment, its center; at most `num_frames`.
 
-    positions: (N,), strictly increasing; extent: (start, end) in the same unit. Raises ValueError as `every` does.
+    positions: (N,), strictly increasing; extent: (start, end) in the same unit; place: in [0, 1), of each segment.
+    Several clips of one source take several places (TSN: Wang et al. 2016, arXiv:1608.00859, section 3.1):
+
+      segments    |-------------|-------------|-------------|
+      place 0.25     ^             ^             ^
+      place 0.75              ^             ^             ^
+
+    Raises ValueError as `every` does, or on a bad place.
     """
-    return _pick(positions, extent, np.full(_counted(num_frames), 0.5), rule)
+    if not 0 <= place < 1:
+        raise ValueError(f"place must lie in [0, 1), got {place:g}")
+    return _pick(positions, extent, np.full(_counted(num_frames), place), rule)
 
 
 def random(
@@ -51,6 +66,40 @@ def random(
     if not bool(np.all((draws >= 0) & (draws < 1))):
         raise ValueError("draws must lie in [0, 1)")
     return _pick(positions, extent, draws, rule)
+
+
+def dense(
+    *,
+    positions: NDArray[np.float64],
+    extent: tuple[float, float],
+    num_frames: int,
+    stride: float,
+    place: float,
+    rule: Rule = "showing",
+) -> NDArray[np.int64]:
+    """Increasing, unique indices of steps `stride` apart; place 0: from the start on, 1: as late as the clip fits.
+
+    As video nets are usually trained (SlowFast: Feichtenhofer et al. 2019, arXiv:1812.03982, section 4), but with a
+    stride in the unit of `positions`, so that clips of 25 and of 60 frames a second look alike:
+
+      extent      start                                              end
+      place 0     |---^---|---^---|---^---|
+      place 0.5                 |---^---|---^---|---^---|
+      place 1                                   |---^---|---^---|---^---|
+
+    Each time is the center of its stride. An extent shorter than num_frames strides gives the times that lie in it.
+    Raises ValueError as `every` does, or on a bad stride or place.
+    """
+    if not (np.isfinite(stride) and stride > 0):
+        raise ValueError(f"stride must be above 0, got {stride:g}")
+    if not 0 <= place <= 1:
+        raise ValueError(f"place must lie in [0, 1], got {place:g}")
+    inside = every(positions=positions, extent=extent, rule=rule)
+    start, end = extent
+    begin = start + place * max(0.0, end - start - _counted(num_frames) * stride)
+    times = begin + (np.arange(num_frames, dtype=np.float64) + 0.5) * stride
+    times = times[times < end] if times[0] < end else np.array([(start + end) / 2], dtype=np.float64)
+    return _steps_at(times, positions, inside, rule)
 
 
 def every(*, positions: NDArray[np.float64], extent: tuple[float, float], rule: Rule = "showing") -> NDArray[np.int64]:
@@ -89,6 +138,12 @@ def _pick(
         return inside
     start, end = extent
     times = start + (np.arange(count) + fractions) * ((end - start) / count)
+    return _steps_at(times, positions, inside, rule)
+
+
+def _steps_at(
+    times: NDArray[np.float64], positions: NDArray[np.float64], inside: NDArray[np.int64], rule: Rule
+) -> NDArray[np.int64]:
     if rule == "showing":
         steps = np.searchsorted(positions, times, side="right") - 1
     else:

@@ -68,38 +68,102 @@ def read_clip(
     draws: NDArray[np.float64] | None = None,
     window: tuple[float, float] | None = None,
 ) -> FrameSequence:
-    """At most `data.num_frames` steps of a source: at segments' centers, or at drawn places of them.
+    """A clip of a source by `data.sampling`, at drawn places in training, else in the middle.
 
-    draws: (num_frames,) in [0, 1), one per segment, or None for the centers. window: [start, end) in seconds on the
-    video's own time line, on which its first frame lies at `source.positions[0]` (mostly, but not always, 0); what
-    reaches beyond the video is cut off. Raises SourceError on an empty window, or where the steps cannot be read.
+    draws: (num_frames + 1,) in [0, 1), one per segment and one that shifts the window, or None for the middle. window:
+    [start, end) in seconds on the video's own time line, on which its first frame lies at `source.positions[0]`
+    (mostly, but not always, 0); what reaches beyond the video is cut off. Raises SourceError on an empty window, or
+    where the steps cannot be read.
     """
-    extent = source.extent
-    if window is not None:
-        if source.unit != "seconds":
-            raise SourceError(
-                f"start_seconds and end_seconds are for videos, not for a {source.kind}",
-                where=source.path,
-                hint="Leave the two columns empty.",
-            )
-        extent = max(window[0], extent[0]), min(window[1], extent[1])
-        if not extent[0] < extent[1]:
-            raise SourceError(
-                f"nothing lies between {window[0]:g} and {window[1]:g} seconds",
-                where=source.path,
-                hint=f"The video shows from {source.extent[0]:g} to {source.extent[1]:g} seconds.",
-            )
-    rule: sampling.Rule = "showing" if source.unit == "seconds" else "nearest"
+    extent = _extent(source, data, window, 0.0 if draws is None else 2 * float(draws[-1]) - 1)
     if draws is None:
-        indices = sampling.uniform(positions=source.positions, extent=extent, num_frames=data.num_frames, rule=rule)
-    else:
+        return _read(source, [_steps(source, extent, data, 0.5)])[0]
+    if data.sampling == "random":
         indices = sampling.random(
-            positions=source.positions, extent=extent, num_frames=data.num_frames, draws=draws, rule=rule
+            positions=source.positions,
+            extent=extent,
+            num_frames=data.num_frames,
+            draws=draws[:-1],
+            rule=_rule(source),
         )
+    else:
+        indices = _steps(source, extent, data, float(draws[0]) if data.sampling == "dense" else 0.5)
+    return _read(source, [indices])[0]
+
+
+def read_clips(
+    source: FrameSource, *, data: DataConfig, num_clips: int, window: tuple[float, float] | None = None
+) -> list[FrameSequence]:
+    """`num_clips` clips spread over a source, decoded in one pass; as `read_clip` without draws where there is one.
+
+    Segments are read at num_clips places of each; dense clips start at equal distances, from the start to
+    where the last just fits (Feichtenhofer et al. 2019, arXiv:1812.03982, section 4).
+    """
+    extent = _extent(source, data, window, 0.0)
+    if num_clips == 1:
+        places = [0.5]
+    elif data.sampling == "dense":
+        places = [clip / (num_clips - 1) for clip in range(num_clips)]
+    else:
+        places = [(clip + 0.5) / num_clips for clip in range(num_clips)]
+    return _read(source, [_steps(source, extent, data, place) for place in places])
+
+
+def _extent(
+    source: FrameSource, data: DataConfig, window: tuple[float, float] | None, shift: float
+) -> tuple[float, float]:
+    """What is sampled from: the source, or a window of it with its context; shift: -1..1 of augment.shift_seconds."""
+    if window is None:
+        return source.extent
+    if source.unit != "seconds":
+        raise SourceError(
+            f"start_seconds and end_seconds are for videos, not for a {source.kind}",
+            where=source.path,
+            hint="Leave the two columns empty.",
+        )
+    first, last = source.extent
+    start, end = max(window[0], first), min(window[1], last)
+    if not start < end:
+        raise SourceError(
+            f"nothing lies between {window[0]:g} and {window[1]:g} seconds",
+            where=source.path,
+            hint=f"The video shows from {first:g} to {last:g} seconds.",
+        )
+    # Kept inside: a shift must not shorten the window.
+    by = min(max(shift * data.augment.shift_seconds, first - start), last - end)
+    if not by and not data.context_seconds:
+        return start, end
+    # To the nanosecond: 0.56 - 0.08 is a hair above 0.48, where the next frame begins.
+    start, end = round(start + by - data.context_seconds, 9), round(end + by + data.context_seconds, 9)
+    return max(first, start), min(last, end)
+
+
+def _steps(source: FrameSource, extent: tuple[float, float], data: DataConfig, place: float) -> NDArray[np.int64]:
+    positions, rule, count = source.positions, _rule(source), data.num_frames
+    if data.sampling == "all":
+        return sampling.every(positions=positions, extent=extent, rule=rule)
+    if data.sampling == "dense":
+        stride = data.stride_seconds
+        return sampling.dense(
+            positions=positions, extent=extent, num_frames=count, stride=stride, place=place, rule=rule
+        )
+    return sampling.uniform(positions=positions, extent=extent, num_frames=count, place=place, rule=rule)
+
+
+def _rule(source: FrameSource) -> sampling.Rule:
+    return "showing" if source.unit == "seconds" else "nearest"
+
+
+def _read(source: FrameSource, clips: list[NDArray[np.int64]]) -> list[FrameSequence]:
+    """The clips at these indices; what several share is decoded once."""
+    wanted = np.unique(np.concatenate(clips))
     # Before the read, which may correct a broken index.
-    positions = torch.from_numpy(source.positions[indices])
-    frames = source.read([int(index) for index in indices])
-    return FrameSequence(frames, positions, source.unit)
+    positions = torch.from_numpy(source.positions[wanted])
+    frames = source.read([int(index) for index in wanted])
+    if len(clips) == 1:
+        return [FrameSequence(frames, positions, source.unit)]
+    places = [torch.from_numpy(np.searchsorted(wanted, indices)) for indices in clips]
+    return [FrameSequence(frames[place], positions[place], source.unit) for place in places]
 
 
 def _is_dicom_dir(folder: Path) -> bool:

@@ -12,14 +12,19 @@ from videogru.shapes import ClipFrames, MadeFrames
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def prepare_clip(clip: FrameSequence, *, data: DataConfig, pixel_aspect: float = 1.0) -> FrameSequence:
+def prepare_clip(
+    clip: FrameSequence, *, data: DataConfig, pixel_aspect: float = 1.0, place: float = 0.5
+) -> FrameSequence:
     """The clip with `data.channels` channels and `data.frame_size` squared pixels.
 
-    data: resolved for its kind (`DataConfig.for_kind`); pixel_aspect: height of a pixel over its width. The type stays.
+    data: resolved for its kind (`DataConfig.for_kind`); pixel_aspect: height of a pixel over its width; place: of the
+    square along the longer side where fit is crop, 0.5 the center. The type stays.
     """
     assert data.channels is not None and data.fit is not None, "resolve DataConfig.for_kind first"
     frames = to_channels(clip.frames, data.channels)
-    return clip.with_frames(fit_frames(frames, size=data.frame_size, fit=data.fit, pixel_aspect=pixel_aspect))
+    return clip.with_frames(
+        fit_frames(frames, size=data.frame_size, fit=data.fit, pixel_aspect=pixel_aspect, place=place)
+    )
 
 
 def to_channels(frames: ClipFrames, channels: int) -> MadeFrames:
@@ -34,12 +39,12 @@ def to_channels(frames: ClipFrames, channels: int) -> MadeFrames:
     return gray.round().clamp(0, 255).to(torch.uint8) if frames.dtype == torch.uint8 else gray
 
 
-def fit_frames(frames: ClipFrames, *, size: int, fit: str, pixel_aspect: float = 1.0) -> MadeFrames:
+def fit_frames(frames: ClipFrames, *, size: int, fit: str, pixel_aspect: float = 1.0, place: float = 0.5) -> MadeFrames:
     """(T C H W) as (T C size size), antialiased (plain bilinear sampling would fold fine detail into noise).
 
-    crop: short side to `size`, center kept; pad: long side to `size`, rest black; stretch: both sides to `size`.
-    Sides are compared as they look, that is with the height multiplied by `pixel_aspect`. Raises SourceError where a
-    crop would have to blow a sliver up.
+    crop: short side to `size`, of the long one what lies at `place` (0 the start, 0.5 the center, 1 the end); pad: long
+    side to `size`, rest black; stretch: both sides to `size`. Sides are compared as they look, that is with the height
+    multiplied by `pixel_aspect`. Raises SourceError where a crop would have to blow a sliver up.
     """
     height, width = frames.shape[-2:]
     tall = height * pixel_aspect
@@ -56,7 +61,7 @@ def fit_frames(frames: ClipFrames, *, size: int, fit: str, pixel_aspect: float =
         )
     frames = _resize(frames, rows, cols)
     if fit == "crop":
-        top, left = (rows - size) // 2, (cols - size) // 2
+        top, left = int((rows - size) * place), int((cols - size) * place)
         return frames[..., top : top + size, left : left + size]
     if (rows, cols) == (size, size):
         return frames

@@ -94,6 +94,36 @@ def compute_metrics(
     return {name: _interval(float(values[name][0]), np.concatenate(drawn[name])) for name in values}
 
 
+def paired_difference(
+    changed: Float[np.ndarray, "N K"],
+    plain: Float[np.ndarray, "N K"],
+    labels: Int64[np.ndarray, " N"],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[str, Interval, Interval]:
+    """(metric, its value for `changed`, value of `changed` minus value of `plain`) on the same N >= 1 labeled samples.
+
+    The metric is auroc for two classes that both occur, else top1. Both are resampled together, so that the interval of
+    the difference is that of pairs.
+    """
+    metric = "auroc" if plain.shape[1] == 2 and len(np.unique(labels)) == 2 else "top1"
+
+    def values(probabilities: Float64[np.ndarray, "N K"], counts: Float32[np.ndarray, "N R"]) -> np.ndarray:
+        if metric == "auroc":
+            return _auroc(_rank(probabilities[:, 1], labels == 1), counts)
+        return np.asarray((probabilities.argmax(axis=1) == labels) @ counts.astype(np.float64) / counts.sum(axis=0))
+
+    exact = [probabilities.astype(np.float64) for probabilities in (changed, plain)]
+    own, base = (float(values(p, np.ones((len(labels), 1), np.float32))[0]) for p in exact)
+    drawn = [
+        np.stack([values(p, counts) for p in exact])
+        for counts in resample_counts(len(labels), resamples=resamples, seed=seed)
+    ]
+    mine, theirs = np.concatenate(drawn, axis=1)
+    return metric, _interval(own, mine), _interval(own - base, mine - theirs)
+
+
 def auroc_resamples(count: int, num_classes: int, resamples: int = 1000) -> int:
     """How many of the resamples AUROC's interval uses: all, or as many as AUROC_BUDGET pays for, but at least 100."""
     ranked = 1 if num_classes == 2 else num_classes

@@ -1,6 +1,6 @@
 """A model file ready to answer; the same reading path as in training, one row out for every row in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +9,18 @@ from numpy.typing import NDArray
 
 from videogru.config import DataConfig
 from videogru.data.batching import OrderedBatches
-from videogru.data.dataset import ClipDataset, default_workers, make_loader
+from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.video import check_decoder
+from videogru.data.views import ONE_VIEW, Views
 from videogru.errors import ConfigError
 from videogru.inference.predictions import Predictions
 from videogru.modelfile import ModelCard, find_model, read_model
 from videogru.models.classifier import Classifier
+from videogru.sequence import SequenceBatch
 
-# Starting a worker costs about what it takes to read this many files.
-_FILES_WORTH_A_WORKER = 8
+Change = Callable[[SequenceBatch], SequenceBatch]
 
 
 class Predictor:
@@ -42,7 +43,6 @@ class Predictor:
         classifier, card = read_model(find_model(Path(path)))
         return cls(classifier, card, device=device, data=data)
 
-    @torch.inference_mode()
     def predict(
         self,
         corpus: Corpus,
@@ -50,54 +50,97 @@ class Predictor:
         *,
         batch_size: int = 32,
         num_workers: int | None = None,
+        views: Views = ONE_VIEW,
         tick: Callable[[int], None] = lambda done: None,
     ) -> Predictions:
         """Probabilities of `rows` in their order; a source that cannot be read becomes a row with its error.
 
-        tick: called with the number of rows finished since the last call.
+        views: clips times crops of each source, whose probabilities are averaged; tick: called with the number of rows
+        finished since the last call; num_workers: 0 reads in this process, where a decoder that hangs or crashes cannot
+        be ended; None takes one or more. Raises ConfigError where the model's sources have no such views.
+        """
+        same: dict[str, Change] = {"": lambda batch: batch}
+        return self.predict_changed(
+            corpus, rows, same, batch_size=batch_size, num_workers=num_workers, views=views, tick=tick
+        )[""]
+
+    @torch.inference_mode()
+    def predict_changed(
+        self,
+        corpus: Corpus,
+        rows: NDArray[np.int64],
+        changes: Mapping[str, Change],
+        *,
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        views: Views = ONE_VIEW,
+        tick: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, Predictions]:
+        """What `predict` gives, for each change of the clips; every source is read once.
+
+        changes: functions of a batch; where one gives several clips of a row, these follow each other and their
+        probabilities are averaged.
         """
         place = {int(row): position for position, row in enumerate(rows)}
-        probabilities = np.full((len(rows), len(self.card.classes)), np.nan, dtype=np.float32)
-        errors = np.full(len(rows), "", dtype=object)
-        dataset = ClipDataset(corpus, data=self.data)
+        shape = (len(rows), len(self.card.classes))
+        probabilities = {name: np.full(shape, np.nan, dtype=np.float32) for name in changes}
+        errors = {name: np.full(len(rows), "", dtype=object) for name in changes}
+        dataset = ClipDataset(corpus, data=self.data, views=views)
         if corpus.kind == "video":
             check_decoder(self.data.decoder)
-        workers = default_workers(corpus, num_workers)
-        if num_workers is None and len(rows) < _FILES_WORTH_A_WORKER:
-            workers = 0
-        loader = make_loader(dataset, OrderedBatches(rows, batch_size=batch_size), num_workers=workers)
+        workers = default_workers(corpus, num_workers, rows=len(rows))
+        batches = OrderedBatches(rows, batch_size=max(1, batch_size // (views[0] * views[1])))
+        loader = ClipLoader(dataset, batches, num_workers=workers)
         for loaded in loader:
-            for row, reason in loaded.failures:
-                errors[place[row]] = reason
-            if loaded.batch is not None:
-                batch = loaded.batch.to(self.device)
-                logits = self.classifier(batch.frames, batch.lengths)
-                positions = [place[int(row)] for row in loaded.batch.indices]
-                said = logits.double().softmax(dim=1).float().cpu().numpy()
-                probabilities[positions] = said
-                for position in np.asarray(positions)[~np.isfinite(said).all(axis=1)]:
-                    probabilities[position] = np.nan
-                    errors[position] = f"{corpus.manifest.sources[rows[position]]}: the model gives no finite score"
-            tick(len(loaded.failures) + (0 if loaded.batch is None else len(loaded.batch)))
-        return Predictions(
-            classes=self.card.classes,
-            sources=corpus.manifest.sources[rows],
-            labels=corpus.manifest.labels[rows],
-            probabilities=probabilities,
-            errors=errors.astype(np.str_),
-            rows=np.asarray(rows, dtype=np.int64),
-        )
+            for name, change in changes.items():
+                for row, reason in loaded.failures:
+                    errors[name][place[row]] = reason
+                if loaded.batch is None:
+                    continue
+                found, said = self._scores(change(loaded.batch), batch_size)
+                positions = np.array([place[row] for row in found])
+                probabilities[name][positions] = said
+                for position in positions[~np.isfinite(said).all(axis=1)]:
+                    probabilities[name][position] = np.nan
+                    source = corpus.manifest.sources[rows[position]]
+                    errors[name][position] = f"{source}: the model gives no finite score"
+            tick(len(loaded.failures) + (0 if loaded.batch is None else len(loaded.batch.indices.unique())))
+        return {
+            name: Predictions(
+                classes=self.card.classes,
+                sources=np.asarray(corpus.manifest.sources[rows]),
+                labels=corpus.manifest.labels[rows],
+                probabilities=probabilities[name],
+                errors=errors[name].astype(np.str_),
+                rows=np.asarray(rows, dtype=np.int64),
+            )
+            for name in changes
+        }
+
+    def _scores(self, batch: SequenceBatch, batch_size: int) -> tuple[list[int], NDArray[np.float32]]:
+        """Rows of a batch, each once, and their probabilities (N K), averaged over the clips of a row."""
+        said = []
+        for start in range(0, len(batch), batch_size):
+            frames = batch.frames[start : start + batch_size].to(self.device)
+            lengths = batch.lengths[start : start + batch_size].to(self.device)
+            said.append(self.classifier(frames, lengths).double().softmax(dim=1).cpu())
+        rows, clip_row, counts = batch.indices.unique_consecutive(return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(rows), len(self.card.classes), dtype=torch.float64)
+        sums.index_add_(0, clip_row, torch.cat(said))
+        return rows.tolist(), (sums / counts.unsqueeze(1)).float().numpy()
 
     def predict_paths(
         self,
         paths: Sequence[Path | str],
         *,
         num_workers: int | None = None,
+        views: Views = ONE_VIEW,
         tick: Callable[[int], None] = lambda done: None,
     ) -> Predictions:
         """Probabilities of files, in their order."""
         corpus = unlabeled_corpus([str(path) for path in paths], self.card)
-        return self.predict(corpus, np.arange(len(paths), dtype=np.int64), num_workers=num_workers, tick=tick)
+        rows = np.arange(len(paths), dtype=np.int64)
+        return self.predict(corpus, rows, num_workers=num_workers, views=views, tick=tick)
 
 
 def unlabeled_corpus(paths: Sequence[str], card: ModelCard) -> Corpus:

@@ -217,15 +217,18 @@ def _optimize(
         trainer._signal_connector.register_signal_handlers = lambda: None
         among = f", {group.world} processes" if group.world > 1 else ""
         say(f"training on {trainer.strategy.root_device}{among}, {trainer.precision} precision, {steps} steps an epoch")
+        module = CorpusModule(corpus, config)
         try:
             with saving.listen():
                 checkpoint = None if state is None else run / STATE_FILE
-                trainer.fit(task, CorpusModule(corpus, config), ckpt_path=checkpoint, weights_only=True)
+                trainer.fit(task, module, ckpt_path=checkpoint, weights_only=True)
             if group.total(saving.stop is not None)[0]:
                 raise Interrupted("interrupted; the training is finished", where=run)
         except Interrupted as error:
             hint = f"Go on with: videogru train --resume {run}"
             raise Interrupted(error.what, where=error.where, hint=hint) from error
+        finally:
+            module.close()
 
 
 def _buffers_option() -> str:
@@ -258,8 +261,19 @@ def _card(classifier: Classifier, config: Config, corpus: Corpus, scores: dict[s
         data=config.data,
         dataset=corpus.name,
         license="" if corpus.card is None else corpus.card.license,
+        window_seconds=_window_seconds(corpus),
         metrics=scores,
     )
+
+
+def _window_seconds(corpus: Corpus) -> tuple[float, ...]:
+    """10th, 50th and 90th percentile of the lengths of the training windows; none for whole sources."""
+    rows = corpus.manifest.rows("train")
+    lengths = corpus.manifest.end_seconds[rows] - corpus.manifest.start_seconds[rows]
+    lengths = lengths[np.isfinite(lengths)]
+    if not len(lengths):
+        return ()
+    return tuple(round(float(length), 6) for length in np.quantile(lengths, (0.1, 0.5, 0.9)))
 
 
 def precision(asked: str) -> str:

@@ -4,6 +4,7 @@ Each is this same command in a session of its own. Ctrl-C and SIGTERM are handed
 one process fails the others are ended; and when this one is killed, they save and end.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ from types import FrameType
 from videogru.errors import ConfigError
 
 PARENT = "VIDEOGRU_LAUNCHED_BY"  # in the environment of a started process: the id of this one
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2) in Linux
 
 # After one process failed, the others may take this long to notice and end by themselves.
 _GRACE_SECONDS = 15.0
@@ -51,6 +54,16 @@ def launch(arguments: Sequence[str], *, devices: int, nodes: int, say: Callable[
         for process in processes:
             _kill(process)
         signals.give_back()
+
+
+def end_with_launcher() -> None:
+    """In a started process: let the system send it SIGTERM when the one that started it ends (Linux)."""
+    launcher = os.environ.pop(PARENT, "")
+    if not launcher or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != int(launcher):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _meeting_point(nodes: int) -> tuple[str, int, int]:
