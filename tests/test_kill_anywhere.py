@@ -68,11 +68,10 @@ def members(group: int) -> list[int]:
     return found
 
 
-def says(log: Path, text: str, process: subprocess.Popen[bytes]) -> float:
-    """Seconds until the process has said so."""
+def says(log: Path, texts: tuple[str, ...], process: subprocess.Popen[bytes], times: int = 1) -> float:
+    """Seconds until one of the texts stands in the log so many times; less where the process ends before."""
     started = time.monotonic()
-    while text not in log.read_text():
-        assert process.poll() is None, log.read_text()
+    while sum(log.read_text().count(text) for text in texts) < times and process.poll() is None:
         time.sleep(0.05)
     return time.monotonic() - started
 
@@ -85,16 +84,22 @@ def test_ended_at_ten_random_moments(tmp_path: Path, kind: str, number: int) -> 
     source, log = data(kind, tmp_path), tmp_path / "log"
     new = ["--dataset", source, *SMALL, *SETS[kind]]
     process = start([*new, "--out", tmp_path / "whole"], log)
-    startup = says(log, "training on", process)
-    training = says(log, "AUROC", process) if kind != "grid_digits" else says(log, "Accuracy", process)
+    begins = ("training on", "finished already")
+    startup = says(log, begins, process)
+    training = says(log, ("Accuracy",), process)
     assert process.wait() == 0, log.read_text()
     run, moments, codes = tmp_path / "cut", random.Random(7), []
     while sum(code != 0 for code in codes) < KILLS:
         begun = (run / "config.yaml").exists()
+        before = sum(log.read_text().count(text) for text in begins)
         process = start(["--resume", run] if begun else [*new, "--out", run], log)
+        # Three of ten before the training (or the evaluation of a finished one) begins, the others inside it.
+        seconds = moments.uniform(0, startup)
+        if moments.random() < 0.7:
+            says(log, begins, process, before + 1)
+            seconds = moments.uniform(0, training / 5)
         try:
-            # From before the first line is read until well inside the training, or its evaluation.
-            codes.append(process.wait(moments.uniform(0.3 * startup, startup + training / 5)))
+            codes.append(process.wait(seconds))
             assert codes[-1] == 0, log.read_text()[-3000:]
         except subprocess.TimeoutExpired:
             everyone = members(process.pid)
@@ -107,6 +112,7 @@ def test_ended_at_ten_random_moments(tmp_path: Path, kind: str, number: int) -> 
             assert gone(everyone, 10), "readers stay behind"
         if not begun and run.exists() and not (run / "config.yaml").exists():
             shutil.rmtree(run)
+    assert (run / "config.yaml").exists()
     assert start(["--resume", run], log).wait() == 0, log.read_text()[-3000:]
     said = log.read_text()
     print(kind, codes, f"{startup:.0f} + {training:.0f} s,", said.count("going on with"), "resumed,", end=" ")
