@@ -130,6 +130,7 @@ def train(
     """Train on a data set; leaves a run folder with the model file, scores and a report."""
     from videogru import runs
     from videogru.config import parse_assignments
+    from videogru.runfolder import run_config
 
     flags = {
         "data.dataset": dataset,
@@ -152,7 +153,7 @@ def train(
                 "--resume takes all settings from the run; leave the other flags out",
                 hint=f"videogru train --resume {resume}",
             )
-        settings = runs.run_config(resume)
+        settings = run_config(resume)
         _start_processes(runs.processes_to_start(settings))
         outcome = runs.resume(resume, progress=progress, say=_say)
     else:
