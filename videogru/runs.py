@@ -170,7 +170,7 @@ def processes_to_start(config: Config) -> tuple[int, int] | None:
 
     Raises what all of them would raise before they train.
     """
-    devices, nodes = config.train.devices or 1, config.train.nodes or 1
+    devices, nodes = config.train.devices, config.train.nodes
     if devices * nodes == 1 or is_started():
         return None
     check_gpus(devices)

@@ -111,7 +111,7 @@ def this_group(train: TrainConfig) -> Group:
     Raises ConfigError where the environment contradicts train.devices or train.nodes, or has no sense.
     """
     if not is_started():
-        if (train.devices or 1) * (train.nodes or 1) > 1:
+        if train.devices * train.nodes > 1:
             raise ConfigError(
                 "this process was not started as one of several",
                 where="train.devices, train.nodes",
@@ -133,12 +133,15 @@ def this_group(train: TrainConfig) -> Group:
             f"process {group.rank} of {group.world}, {devices} on this machine: every machine must start as many",
             where="the environment (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE)",
         )
-    if (train.devices or devices, train.nodes or nodes) != (devices, nodes):
+    asked_devices = train.devices if "devices" in train.model_fields_set else devices
+    asked_nodes = train.nodes if "nodes" in train.model_fields_set else nodes
+    if (asked_devices, asked_nodes) != (devices, nodes):
         raise ConfigError(
             f"torchrun started {nodes} x {devices} processes (machines x processes on each), the settings say "
-            f"{train.nodes or nodes} x {train.devices or devices}",
+            f"{asked_nodes} x {asked_devices}",
             where="train.nodes, train.devices",
-            hint="Leave --devices and --nodes out under torchrun; a run is resumed with as many processes as it began.",
+            hint=f"Leave them out under torchrun, or say --devices {devices} --nodes {nodes}; a run is resumed with as "
+            "many processes as it began.",
         )
     check_gpus(devices)
     return group
