@@ -5,6 +5,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 tests/processes_
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_fit import bars, settings
 
 from videogru.config import Config
 from videogru.data import datamodule
-from videogru.data.batching import Item, Loaded, collate
+from videogru.data.batching import EpochBatches, Loaded
 from videogru.data.layouts import Corpus
 from videogru.errors import VideogruError
 from videogru.training.fit import fit
@@ -26,10 +27,20 @@ from videogru.training.task import SequenceTask
 SAME = {"model__input_dropout": 0.0, "model__dropout": 0.0, "train__epochs": 2, "train__batch_size": 10}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "adam": {},
-    "norms": {"model__encoder": "small", "train__optimizer": "sgd", "train__lr": 0.1, "train__save_every_minutes": 1e-6},
+    "norms": {
+        "model__encoder": "small",
+        "train__optimizer": "sgd",
+        "train__lr": 0.1,
+        "train__save_every_minutes": 1e-6,
+    },
     "weighted": {"train__class_weights": "balanced", "train__ema_decay": 0.9, "train__keep": "last"},
     "muon": {"model__encoder": "conv2", "train__optimizer": "muon"},
+    "recomputed": {
+        **{"model__encoder": "small", "train__optimizer": "sgd", "train__lr": 0.1},
+        **{"train__gradient_checkpointing": True, "train__checkpoint_steps": 3},
+    },
     "bad": {"model__encoder": "small", "train__optimizer": "sgd", "train__lr": 0.1},
+    "one validation row": {},
 }
 # 41 training rows, three steps an epoch, of which one process reads 6 or 7 in each: parts are not equal.
 ROWS, STOPPED_AT = 62, 5
@@ -44,14 +55,23 @@ def scenario(name: str, *, processes: int) -> Config:
 
 
 def bad_rows() -> set[int]:
-    """All that the second of two processes reads in one step, and one row of the first."""
-    from videogru.data.batching import EpochBatches
-
+    """One row of the first process and all of the second in one step, and all that both read in the next."""
     parts = [
         list(EpochBatches(bars(ROWS).manifest.rows("train"), batch_size=10, seed=0, epoch=lambda: 0, rank=r, world=2))
         for r in range(2)
     ]
-    return {row for _, row in parts[1][BAD_IN_STEP]} | {parts[0][BAD_IN_STEP][0][1]}
+    keys = [*parts[1][BAD_IN_STEP], parts[0][BAD_IN_STEP][0], *parts[0][BAD_IN_STEP + 1], *parts[1][BAD_IN_STEP + 1]]
+    return {row for _, row in keys}
+
+
+def corpus_of(name: str) -> Corpus:
+    """Bars; in one scenario with fewer validation rows than processes."""
+    corpus = bars(ROWS)
+    if name != "one validation row":
+        return corpus
+    rows = np.concatenate([corpus.manifest.rows("train"), corpus.manifest.rows("val")[:1]])
+    assert corpus.arrays is not None
+    return replace(corpus, manifest=corpus.manifest.take(rows), arrays=corpus.arrays[rows])
 
 
 class Notes:
@@ -61,7 +81,11 @@ class Notes:
         self.trained: list[tuple[int, int]] = []
         self.validated: list[int] = []
         self.scores: list[dict[str, float]] = []
-        train, validate, score = SequenceTask.training_step, SequenceTask.validation_step, SequenceTask.validation_scores
+        train, validate, score = (
+            SequenceTask.training_step,
+            SequenceTask.validation_step,
+            SequenceTask.validation_scores,
+        )
 
         def training_step(task: SequenceTask, loaded: Loaded, index: int) -> Any:
             assert loaded.batch is None or loaded.batch.indices is not None
@@ -106,7 +130,7 @@ def train(name: str, folder: Path, group: Group = ALONE, *, resume: bool = False
         config = scenario(name, processes=group.world)
         config = config.model_copy(update={"data": config.data.model_copy(update=more)})
         try:
-            fit(config, bars(ROWS), run, resume=resume, progress=False, say=lambda text: None, group=group)
+            fit(config, corpus_of(name), run, resume=resume, progress=False, say=lambda text: None, group=group)
             error = ""
         except VideogruError as raised:
             error = str(raised)
@@ -114,7 +138,7 @@ def train(name: str, folder: Path, group: Group = ALONE, *, resume: bool = False
 
 
 def main() -> None:
-    """Train all scenarios, then one of them stopped by a signal to one process and resumed, and one with too many bad."""
+    """Train all scenarios, one of them once more with a stop, and one with too many bad files."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     seen: dict[str, Any] = {}

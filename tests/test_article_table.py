@@ -16,7 +16,7 @@ import article_table
 import reproduce_article
 from test_reproduce_article import ORDER, called, prepare, train_tiny
 
-from videogru import runs
+from videogru.runfolder import run_config
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_what_may_differ_between_runs(trained: Path) -> None:
     shared = article.shared_settings(runs_there)
     assert shared["train.lr"] == 0.02 and shared["model.num_layers"] == 2
     free = {"train.seed", "data.data_dir", "model.cell", "model.pooling", "model.layer_norm"}
-    assert set(article.flat_settings(runs.run_config(config.parent))) - set(shared) == free
+    assert set(article.flat_settings(run_config(config.parent))) - set(shared) == free
 
 
 def test_predictions_that_do_not_pair(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

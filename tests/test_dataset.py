@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from test_video import make_video
+
 from videogru.config import DataConfig
 from videogru.data import dataset as dataset_module
 from videogru.data.batching import EpochBatches, OrderedBatches

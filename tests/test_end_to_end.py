@@ -138,10 +138,57 @@ def test_a_damaged_state_cannot_be_resumed(there: Path, tmp_path: Path) -> None:
     assert "last.ckpt" in done.err
 
 
-def test_several_processes_are_refused(there: Path) -> None:
-    done = videogru("train", "--dataset", "images", "--devices", "2")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--devices", "40"), "cannot be shared by 40 processes"),
+        (("--devices", "0"), "train.devices = 0"),
+        (("--devices", "-1"), "train.devices = -1"),
+        (("--nodes", "2"), "MASTER_ADDR"),
+    ],
+)
+def test_processes_that_cannot_be_started(there: Path, tmp_path: Path, flags: tuple[str, str], words: str) -> None:
+    done = videogru("train", "--dataset", "images", *QUICK, "--out", tmp_path / "run", *flags)
     assert done.code == 2
-    assert "not supported yet" in done.err
+    assert words in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_anew(there: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree("runs/images-0001", run)
+    for left in ("last.ckpt", "model.safetensors", "metrics.csv", "report.html", "predictions-test.csv"):
+        (run / left).unlink()
+    (run / ".model.safetensors.123").write_bytes(b"half")
+    (run / ".last.ckpt.partial").write_bytes(b"half")
+    done = videogru("train", "--resume", run)
+    assert done.code == 0, done.err
+    assert "no state was saved" in done.err and "beginning anew" in done.err
+    name = "predictions-test.csv"
+    assert (run / name).read_text() == (there / "runs" / "images-0001" / name).read_text()
+    assert not list(run.glob(".*"))
+
+
+def test_resuming_a_finished_run_only_evaluates(there: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree("runs/images-0001", run)
+    (run / "report.html").unlink()
+    (run / "predictions-test.csv").unlink()
+    before = (run / "model.safetensors").read_bytes()
+    done = videogru("train", "--resume", run)
+    assert done.code == 0, done.err
+    assert "finished already" in done.err and "training on" not in done.err
+    assert (run / "report.html").is_file() and (run / "predictions-test.csv").is_file()
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_that_was_killed_before_it_had_settings(there: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy("runs/images-0001/splits.csv", run)
+    done = videogru("train", "--resume", run)
+    assert done.code == 2
+    assert "config.yaml" in done.err
 
 
 def test_training_without_one_readable_clip_leaves_no_model(there: Path, tmp_path: Path) -> None:

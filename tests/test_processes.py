@@ -110,6 +110,7 @@ def test_another_number_of_processes_cannot_resume(two: Any) -> None:
     [
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"devices": 3}, "1 x 2"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"nodes": 2}, "1 x 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"devices": 1}, "say 1 x 1"),
         ({"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {}, "as many"),
         ({"RANK": "x", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}, {}, "numbers"),
         ({}, {"devices": 2}, "not started"),

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from videogru import runs
+from videogru import runfolder, runs
 from videogru.config import Config, resolve_config
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
@@ -13,22 +13,22 @@ from videogru.errors import ConfigError, DataError
 
 def test_run_numbers_go_on_after_the_highest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert str(runs.new_run("clips/", None)) == "runs/clips-0001"
+    assert str(runfolder.new_run("clips/", None)) == "runs/clips-0001"
     (tmp_path / "runs" / "clips-0007").mkdir()
     (tmp_path / "runs" / "clips-and-more-0009").mkdir()
-    assert str(runs.new_run("/data/clips", None)) == "runs/clips-0008"
-    assert str(runs.new_run("a b/my table.csv", None)) == "runs/my-table-0001"
-    assert str(runs.new_run("../..", None)).startswith("runs/")
+    assert str(runfolder.new_run("/data/clips", None)) == "runs/clips-0008"
+    assert str(runfolder.new_run("a b/my table.csv", None)) == "runs/my-table-0001"
+    assert str(runfolder.new_run("../..", None)).startswith("runs/")
 
 
 def test_a_folder_with_content_is_never_taken(tmp_path: Path) -> None:
-    assert runs.new_run("x", tmp_path / "empty") == tmp_path / "empty"
+    assert runfolder.new_run("x", tmp_path / "empty") == tmp_path / "empty"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ConfigError, match="--resume"):
-        runs.new_run("x", tmp_path / "full")
+        runfolder.new_run("x", tmp_path / "full")
     with pytest.raises(ConfigError):
-        runs.new_run("x", tmp_path / "full" / "file")
+        runfolder.new_run("x", tmp_path / "full" / "file")
 
 
 def test_precedence_of_settings(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_recipes_are_found_by_name(tmp_path: Path) -> None:
 def test_a_saved_config_comes_back(tmp_path: Path) -> None:
     config = resolve_config(("x", {"data.dataset": "clips", "data.augment.flip": 0.5}))
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    assert runs.run_config(tmp_path) == config
+    assert runfolder.run_config(tmp_path) == config
 
 
 def test_labels_follow_the_models_class_order() -> None:

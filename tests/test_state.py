@@ -1,4 +1,4 @@
-"""A training killed with SIGKILL at awkward moments goes on to the same bits; a state that cannot be used is refused."""
+"""Killed with SIGKILL at awkward moments, a training goes on to the same bits; an unusable state is refused."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_fit import bars, same, settings, train
+from test_fit import same, settings, train
 
 from videogru.errors import DataError, VideogruError
 from videogru.training import callbacks, state
@@ -104,6 +104,19 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, whole: Path, momen
     resumed = train(tmp_path, settings(**CONFIG), resume=begun)
     assert same(load_file(whole / "model.safetensors"), resumed)
     assert curves(whole) == curves(tmp_path)
+
+
+@pytest.mark.parametrize("step", [5, 6, 7])
+def test_readers_begin_in_the_right_epoch(tmp_path: Path, whole: Path, step: int) -> None:
+    """Five steps an epoch; readers ask for what comes next before the step that goes before it."""
+
+    def work() -> None:
+        die_in(SequenceTask, "training_step", step)
+        train(tmp_path, settings(**CONFIG, train__num_workers=1))
+
+    assert killed(work)
+    resumed = train(tmp_path, settings(**CONFIG, train__num_workers=1), resume=True)
+    assert same(load_file(whole / "model.safetensors"), resumed)
 
 
 def test_killed_at_random_moments_again_and_again(tmp_path: Path, whole: Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from test_video import make_video
+
 from videogru.config import DataConfig, ModelConfig
 from videogru.data.sources import open_source, read_clips
 from videogru.data.transforms import fit_frames, prepare_clip

@@ -18,7 +18,7 @@ from videogru.errors import ConfigError, DataError
 from videogru.inference.metrics import resample_counts
 from videogru.modelfile import MODEL_FILE_NAME
 from videogru.resources import data_root
-from videogru.runs import run_config
+from videogru.runfolder import run_config
 
 CIFAR_FOLDER = "cifar-100-python"
 RESAMPLES = 2000

@@ -35,7 +35,7 @@ from videogru.inference.evaluate import evaluate
 from videogru.inference.predict import Predictor
 from videogru.modelfile import ModelCard, find_model, read_card
 from videogru.models.classifier import Normalize
-from videogru.runs import run_config
+from videogru.runfolder import run_config
 from videogru.training.callbacks import Scores
 from videogru.training.fit import precision
 from videogru.training.task import SequenceTask

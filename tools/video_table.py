@@ -31,7 +31,7 @@ from videogru.inference.metrics import paired_difference
 from videogru.inference.predictions import Predictions, read_csv
 from videogru.modelfile import MODEL_FILE_NAME, read_model
 from videogru.models.cost import count_macs
-from videogru.runs import run_config
+from videogru.runfolder import run_config
 from videogru.training.fit import precision
 
 

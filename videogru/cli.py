@@ -130,6 +130,7 @@ def train(
     """Train on a data set; leaves a run folder with the model file, scores and a report."""
     from videogru import runs
     from videogru.config import parse_assignments
+    from videogru.runfolder import run_config
 
     flags = {
         "data.dataset": dataset,
@@ -152,7 +153,7 @@ def train(
                 "--resume takes all settings from the run; leave the other flags out",
                 hint=f"videogru train --resume {resume}",
             )
-        settings = runs.run_config(resume)
+        settings = run_config(resume)
         _start_processes(runs.processes_to_start(settings))
         outcome = runs.resume(resume, progress=progress, say=_say)
     else:
@@ -393,10 +394,10 @@ def main() -> None:
     """Run a command; turn what went wrong into one message and an exit code."""
     # SIGTERM ends every command as Ctrl-C does: cleanly, with 130.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if launcher := os.environ.pop("VIDEOGRU_LAUNCHED_BY", ""):
-        from videogru.data.worker import end_with_parent
+    if "VIDEOGRU_LAUNCHED_BY" in os.environ:
+        from videogru.training.launch import end_with_launcher
 
-        end_with_parent(signal.SIGTERM, parent=int(launcher))
+        end_with_launcher()
     sys.exit(_run())
 
 
@@ -413,7 +414,7 @@ def _run() -> int:
             _say("interrupted")
         return code
     except VideogruError as error:
-        if not error.is_echo:
+        if not (error.is_echo or _is_beside_another()):
             _say(str(error) if error.exit_code == 130 else f"error: {error}")
         return error.exit_code
     except MemoryError as error:
@@ -426,6 +427,12 @@ def _run() -> int:
         return 2
     except Exception as error:  # noqa: BLE001
         return _click_exit(error)
+
+
+def _is_beside_another() -> bool:
+    """Whether torchrun started this process beside another here, which meets the same errors and tells them."""
+    variables = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    return None not in variables and variables[-1] != "0"
 
 
 def _click_exit(error: Exception) -> int:

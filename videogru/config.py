@@ -217,10 +217,10 @@ class TrainConfig(Settings):
     num_workers: int | None = Field(
         None, ge=0, le=128, description="reader processes; default: one per core but one, at most 8"
     )
-    devices: int | None = Field(
-        None, ge=1, le=1024, description="processes per node, a GPU each if any; default: as torchrun says, else 1"
+    devices: int = Field(
+        1, ge=1, le=1024, description="processes per node, a GPU each if any; not set: as many as torchrun started"
     )
-    nodes: int | None = Field(None, ge=1, le=65_536, description="machines; default: as torchrun says, else 1")
+    nodes: int = Field(1, ge=1, le=65_536, description="machines; not set: as torchrun says")
     save_every_minutes: float = Field(
         10.0, ge=0, description="how often the state is saved inside an epoch; 0: only after epochs"
     )

@@ -5,9 +5,7 @@ evaluation-SPLIT.json · bad_files.csv · report.html
 """
 
 import hashlib
-import re
 import shlex
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,13 +33,14 @@ from videogru.data.views import ONE_VIEW, Views, check_views
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.evaluate import Evaluation, evaluate
 from videogru.inference.predict import Predictor
-from videogru.inference.predictions import Predictions, atomic_text, read_csv
+from videogru.inference.predictions import Predictions, read_csv
 from videogru.inference.probe import Probe, probe
 from videogru.inference.report import read_curves, write_report
-from videogru.modelfile import MODEL_FILE_NAME, find_model, read_card
+from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
+from videogru.runfolder import begun_run, check_names, check_splits, remove_unfinished, run_config
 from videogru.training.fit import Trained, fit, trainable_classifier
-from videogru.training.processes import Group, is_started, joined, this_group
+from videogru.training.processes import Group, check_gpus, is_started, joined, this_group
 from videogru.training.state import STATE_FILE
 
 Say = Callable[[str], None]
@@ -55,34 +54,6 @@ class Outcome:
     evaluations: dict[str, Evaluation]
     report: Path | None
     trained: Trained | None = None
-
-
-def new_run(name: str, out: Path | None) -> Path:
-    """A new folder: `out`, or runs/<name>-NNNN with the next free number."""
-    try:
-        if out is not None:
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise ConfigError(
-                    "is there already, and a new run never overwrites",
-                    where=out,
-                    hint=f"Go on with it: videogru train --resume {out}   or choose another --out",
-                )
-            out.mkdir(parents=True, exist_ok=True)
-            return out
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem or Path(name).name).strip("-") or "run"
-        runs = Path("runs")
-        runs.mkdir(exist_ok=True)
-        taken = [int(m[1]) for p in runs.iterdir() if (m := re.fullmatch(re.escape(stem) + r"-(\d{4,})", p.name))]
-        number = max(taken, default=0) + 1
-        while True:
-            run = runs / f"{stem}-{number:04}"
-            try:
-                run.mkdir()
-                return run
-            except FileExistsError:
-                number += 1
-    except OSError as error:
-        raise ConfigError(f"the run folder cannot be made: {error}", where=out or "runs") from error
 
 
 def settings_for_training(name: str | None, flags: Mapping[str, Any], assigned: Mapping[str, Any]) -> Config:
@@ -127,9 +98,10 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
     with joined(this_group(config.train)) as group:
         say = say if group.is_first else _silent
         config, corpus = group.agreed(lambda: _prepared(config, group))
+        _check_same_rows(corpus, group)
         for note in corpus.notes:
             say(f"note: {note}")
-        run = group.by_first(lambda: _begun_run(config, corpus, out))
+        run = group.by_first(lambda: begun_run(config, corpus, out))
         counts = ", ".join(f"{len(corpus.manifest.rows(split))} {split}" for split in SPLITS)
         say(f"{corpus.name}: {corpus.kind}s, {len(corpus.classes)} classes, {counts}; run folder {run}")
         trained = fit(config, corpus, run, resume=False, progress=progress and group.is_first, say=say, group=group)
@@ -146,10 +118,10 @@ def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
         config = group.by_first(lambda: run_config(run))
         corpus = group.agreed(lambda: open_corpus(config.data, seed=config.data.split_seed))
         _check_same_rows(corpus, group)
-        group.by_first(lambda: _check_splits(corpus, run))
+        group.by_first(lambda: check_splits(corpus, run))
         saved = group.by_first((run / STATE_FILE).is_file)
         if group.is_first:
-            _remove_unfinished(run)
+            remove_unfinished(run)
         if saved:
             say(f"going on with {run}, from its last saved step")
         else:
@@ -173,8 +145,7 @@ def _prepared(config: Config, group: Group) -> tuple[Config, Corpus]:
     if corpus.kind == "video":
         check_decoder(config.data.decoder)
         check_cache(config.data)
-    _check_names(corpus)
-    _check_same_rows(corpus, group)
+    check_names(corpus)
     return config, corpus
 
 
@@ -194,63 +165,17 @@ def _check_same_rows(corpus: Corpus, group: Group) -> None:
         )
 
 
-def _begun_run(config: Config, corpus: Corpus, out: Path | None) -> Path:
-    """A new folder with splits and settings. Settings last: with them it is a run, and `resume` takes it."""
-    run = new_run(config.data.dataset, out)
-    corpus.manifest.to_csv(run / "splits.csv")
-    with atomic_text(run / "config.yaml") as file:
-        file.write(config.to_yaml())
-    return run
-
-
-def _remove_unfinished(run: Path) -> None:
-    """Files that a killed process was writing."""
-    for part in (*run.glob(".*.partial"), *run.glob(f".{MODEL_FILE_NAME}.*")):
-        part.unlink(missing_ok=True)
-
-
 def processes_to_start(config: Config) -> tuple[int, int] | None:
-    """(devices, nodes) where the settings want several processes and nobody started them yet."""
-    devices, nodes = config.train.devices or 1, config.train.nodes or 1
-    return (devices, nodes) if devices * nodes > 1 and not is_started() else None
+    """(devices, nodes) where the settings want several processes and nobody started them yet.
 
-
-def _check_names(corpus: Corpus) -> None:
-    """Names that are no valid text cannot stand in the run's tables."""
-    try:
-        "\n".join(corpus.manifest.sources.tolist()).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"a file name is no valid text: {_line_around(error)!r}", where=corpus.name, hint="Rename it."
-        ) from error
-
-
-def _line_around(error: UnicodeEncodeError) -> str:
-    start = error.object.rfind("\n", 0, error.start) + 1
-    return error.object[start:].split("\n", 1)[0]
-
-
-def _check_splits(corpus: Corpus, run: Path) -> None:
-    """Refuse a corpus whose rows or splits are not those of the run: its test rows may have been trained on."""
-    saved = run / "splits.csv"
-    with tempfile.TemporaryDirectory() as folder:
-        now = Path(folder) / "splits.csv"
-        corpus.manifest.to_csv(now)
-        if saved.is_file() and saved.read_bytes() == now.read_bytes():
-            return
-    raise DataError(
-        "the data set has other rows or splits than when the run began" if saved.is_file() else "no such file",
-        where=saved,
-        hint=f"Bring the files back, or start anew: videogru train --config {run / 'config.yaml'}",
-    )
-
-
-def run_config(run: Path) -> Config:
-    """The settings a run was made with. Raises ConfigError where this is no run folder."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ConfigError("no run folder: it has no config.yaml", where=run)
-    return resolve_config((str(path), read_settings_file(path)))
+    Raises what all of them would raise before they train.
+    """
+    devices, nodes = config.train.devices, config.train.nodes
+    if devices * nodes == 1 or is_started():
+        return None
+    check_gpus(devices)
+    _prepared(config, Group(world=devices * nodes, local_world=devices))
+    return devices, nodes
 
 
 def _assess_trained(trained: Trained, config: Config, corpus: Corpus, run: Path, *, say: Say) -> Outcome:
@@ -420,7 +345,7 @@ def _opened(path: Path, *, dataset: str | None, data_dir: Path | None) -> tuple[
     if corpus.kind != card.kind:
         raise ModelFileError(f"this model reads {card.kind}s, the data set holds {corpus.kind}s", where=model)
     if dataset is None and saved.is_file():
-        _check_splits(corpus, run)
+        check_splits(corpus, run)
     return model, settings, corpus
 
 

@@ -38,7 +38,8 @@ class CorpusModule(pl.LightningDataModule):
             self.corpus.manifest.rows("train"),
             batch_size=self.config.train.batch_size,
             seed=self.config.train.seed,
-            epoch=lambda: int(trainer.current_epoch),
+            # Not current_epoch: where a run goes on from the end of an epoch, it still is that one as readers begin.
+            epoch=lambda: int(trainer.fit_loop.epoch_progress.current.processed),
             rank=trainer.global_rank,
             world=trainer.world_size,
         )

@@ -32,7 +32,7 @@ from videogru.training.compiling import check_compiles
 from videogru.training.groups import muon_groups
 from videogru.training.memory import keep_freed_memory
 from videogru.training.norms import share_norms
-from videogru.training.processes import ALONE, Group, noticing_lost_processes
+from videogru.training.processes import ALONE, Group
 from videogru.training.state import STATE_FILE, SaveState, StateFile, load_classifier, read_state
 from videogru.training.task import SequenceTask
 
@@ -92,6 +92,12 @@ def trainable_classifier(config: Config, corpus: Corpus, *, processes: int = 1) 
     classifier = build_classifier(config, len(corpus.classes))
     if train.optimizer == "muon":
         muon_groups(classifier, train)
+    if train.compile and processes > 1:
+        raise ConfigError(
+            "is not supported with several processes",
+            where="train.compile",
+            hint="Train without it (--set train.compile=false), or in one process.",
+        )
     if train.compile:
         check_compiles(config.model, "cuda" if torch.cuda.is_available() else "cpu")
     return classifier
@@ -111,8 +117,8 @@ def fit(
 
     config: resolved for the corpus's kind; resume: go on from last.ckpt; progress: draw a bar; group: the processes
     that all call this and train together, of which the first writes. Ctrl-C and SIGTERM save and raise Interrupted.
-    Raises DataError where too many files are bad or the saved state cannot be used, ProcessLost, and what
-    `trainable_classifier` raises.
+    Raises DataError where too many files are bad or the saved state cannot be used, and what `trainable_classifier`
+    raises.
     """
     train = config.train
     rows = corpus.manifest.rows("train")
@@ -186,7 +192,7 @@ def _optimize(
         # The norms' running statistics are equal everywhere, and validation has no collective operations.
         several = {"strategy": DDPStrategy(**{_buffers_option(): False}), "num_nodes": group.nodes}
         plugins.append(TorchElasticEnvironment())
-    with warnings.catch_warnings(), noticing_lost_processes(group):
+    with warnings.catch_warnings():
         _quiet_lightning()
         trainer = pl.Trainer(
             max_epochs=train.epochs,
@@ -216,7 +222,7 @@ def _optimize(
             with saving.listen():
                 checkpoint = None if state is None else run / STATE_FILE
                 trainer.fit(task, module, ckpt_path=checkpoint, weights_only=True)
-            if saving.stop is not None:
+            if group.total(saving.stop is not None)[0]:
                 raise Interrupted("interrupted; the training is finished", where=run)
         except Interrupted as error:
             hint = f"Go on with: videogru train --resume {run}"

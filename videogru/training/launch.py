@@ -4,6 +4,7 @@ Each is this same command in a session of its own. Ctrl-C and SIGTERM are handed
 one process fails the others are ended; and when this one is killed, they save and end.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ from types import FrameType
 from videogru.errors import ConfigError
 
 PARENT = "VIDEOGRU_LAUNCHED_BY"  # in the environment of a started process: the id of this one
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2) in Linux
 
 # After one process failed, the others may take this long to notice and end by themselves.
 _GRACE_SECONDS = 15.0
@@ -51,6 +54,16 @@ def launch(arguments: Sequence[str], *, devices: int, nodes: int, say: Callable[
         for process in processes:
             _kill(process)
         signals.give_back()
+
+
+def end_with_launcher() -> None:
+    """In a started process: let the system send it SIGTERM when the one that started it ends (Linux)."""
+    launcher = os.environ.pop(PARENT, "")
+    if not launcher or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != int(launcher):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _meeting_point(nodes: int) -> tuple[str, int, int]:
@@ -89,20 +102,23 @@ def _watch(
             for process in processes:
                 if process.poll() is None:
                     process.send_signal(signals.number)
-        if not failed:
-            failed = next((process.returncode for process in processes if process.returncode), 0)
-            if failed and failed != 130:
-                rank = first + next(n for n, process in enumerate(processes) if process.returncode == failed)
-                if failed < 0:
-                    say(f"error: process {rank} was ended by {signal.Signals(-failed).name}; ending the others")
-                deadline = time.monotonic() + _GRACE_SECONDS
+        if not failed and (failed := _first_failure(processes)) and failed != 130:
+            deadline = time.monotonic() + _GRACE_SECONDS
         if deadline and time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    failed = failed or next((process.returncode for process in processes if process.returncode), 0)
-    if handed_on and failed < 0:
+    killed = [n for n, process in enumerate(processes) if (process.poll() or 0) < 0]
+    if killed and handed_on:
         return 130
-    return 1 if failed < 0 else failed
+    if killed:
+        name = signal.Signals(-processes[killed[0]].returncode).name
+        say(f"error: process {first + killed[0]} was ended by {name}; go on with --resume")
+        return 1
+    return failed or _first_failure(processes)
+
+
+def _first_failure(processes: list[subprocess.Popen[bytes]]) -> int:
+    return next((process.returncode for process in processes if process.returncode), 0)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -110,16 +110,8 @@ def this_group(train: TrainConfig) -> Group:
 
     Raises ConfigError where the environment contradicts train.devices or train.nodes, or has no sense.
     """
-    try:
-        return _group(train)
-    except ConfigError as error:
-        error.is_echo = os.environ.get("LOCAL_RANK", "0") != "0"
-        raise
-
-
-def _group(train: TrainConfig) -> Group:
     if not is_started():
-        if (train.devices or 1) * (train.nodes or 1) > 1:
+        if train.devices * train.nodes > 1:
             raise ConfigError(
                 "this process was not started as one of several",
                 where="train.devices, train.nodes",
@@ -141,25 +133,36 @@ def _group(train: TrainConfig) -> Group:
             f"process {group.rank} of {group.world}, {devices} on this machine: every machine must start as many",
             where="the environment (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE)",
         )
-    if (train.devices or devices, train.nodes or nodes) != (devices, nodes):
+    asked_devices = train.devices if "devices" in train.model_fields_set else devices
+    asked_nodes = train.nodes if "nodes" in train.model_fields_set else nodes
+    if (asked_devices, asked_nodes) != (devices, nodes):
         raise ConfigError(
             f"torchrun started {nodes} x {devices} processes (machines x processes on each), the settings say "
-            f"{train.nodes or nodes} x {train.devices or devices}",
+            f"{asked_nodes} x {asked_devices}",
             where="train.nodes, train.devices",
-            hint="Leave --devices and --nodes out under torchrun; a run is resumed with as many processes as it began.",
+            hint=f"Leave them out under torchrun, or say --devices {devices} --nodes {nodes}; a run is resumed with as "
+            "many processes as it began.",
         )
-    if torch.cuda.is_available() and group.local_rank >= torch.cuda.device_count():
+    check_gpus(devices)
+    return group
+
+
+def check_gpus(devices: int) -> None:
+    """Raises ConfigError where there are GPUs, but fewer than processes."""
+    if torch.cuda.is_available() and devices > torch.cuda.device_count():
         raise ConfigError(
             f"{devices} processes, each with a GPU of its own, but here are {torch.cuda.device_count()} GPUs",
             where="train.devices",
             hint="Use --devices with as many, or hide the GPUs: CUDA_VISIBLE_DEVICES=",
         )
-    return group
 
 
 @contextmanager
 def joined(group: Group) -> Iterator[Group]:
-    """Connect the processes: gloo between CPUs, NCCL between GPUs. Raises ConfigError where they do not meet."""
+    """Connect the processes: gloo between CPUs, NCCL between GPUs.
+
+    Raises ConfigError where they do not meet, ProcessLost inside where another one ends.
+    """
     if group.world == 1:
         yield group
         return
@@ -177,7 +180,8 @@ def joined(group: Group) -> Iterator[Group]:
             hint="MASTER_ADDR names the first machine, MASTER_PORT a free port on it; torchrun: --master-port=PORT.",
         ) from error
     try:
-        yield group
+        with _noticing_lost_processes(group):
+            yield group
     except VideogruError as error:
         error.is_echo = not group.is_first
         raise
@@ -186,7 +190,7 @@ def joined(group: Group) -> Iterator[Group]:
 
 
 @contextmanager
-def noticing_lost_processes(group: Group) -> Iterator[None]:
+def _noticing_lost_processes(group: Group) -> Iterator[None]:
     """Turn what the connection says when another process ended into ProcessLost."""
     try:
         yield
@@ -195,7 +199,7 @@ def noticing_lost_processes(group: Group) -> Iterator[None]:
         if group.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text):
             raise
         raise ProcessLost(
-            f"process {group.rank} lost the others ({_first_line(error)})", hint="See above what ended them."
+            f"process {group.rank} lost the others ({_first_line(error)[:100]})", hint="See above what ended them."
         ) from error
 
 

@@ -44,6 +44,7 @@ class SequenceTask(pl.LightningModule):
         self.total_steps = total_steps
         weights = class_weights(class_counts) if config.class_weights == "balanced" else None
         self.register_buffer("class_weights", weights, persistent=False)
+        self._nothing_read = False
         self._train = _Running()
         self._val_probabilities: list[torch.Tensor] = []
         self._val_labels: list[torch.Tensor] = []
@@ -60,8 +61,10 @@ class SequenceTask(pl.LightningModule):
         if failures:
             for row, reason in (failure for part in self.group.gather(loaded.failures) for failure in part):
                 self.failed(row, reason)
+        self._nothing_read = not all_clips
         if not all_clips:
-            return None
+            # Lightning takes no None from one of several processes, and DDP waits for every gradient.
+            return None if self.group.world == 1 else self._zero()
         # Dropout then depends on (seed, step) alone, so that a resumed run repeats the uninterrupted one.
         torch.manual_seed((self.config.seed * 1_000_003 + self.global_step) * 4096 + self.global_rank)
         if self.group.world > 1:
@@ -82,6 +85,16 @@ class SequenceTask(pl.LightningModule):
         if clips:
             self._train.add(total, (logits.detach().argmax(dim=1) == labels).sum(), clips)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """No gradient, and no step, where no process could read a clip: with one process there is none either."""
+        if self._nothing_read:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _zero(self) -> torch.Tensor:
+        """A loss of zero that has a gradient for every parameter."""
+        parameters = [p for p in self.classifier.parameters() if p.requires_grad]
+        return 0 * torch.stack([p.sum() for p in parameters]).sum()
 
     def _loss(self, logits: Logits, batch: SequenceBatch) -> torch.Tensor:
         weights, smoothing, labels = self.class_weights, self.config.label_smoothing, batch.labels

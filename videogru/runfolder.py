@@ -1,0 +1,96 @@
+"""The folder of a run: made, read again, and checked against the data it was made with."""
+
+import re
+import tempfile
+from pathlib import Path
+
+from videogru.config import Config, read_settings_file, resolve_config
+from videogru.data.layouts import Corpus
+from videogru.errors import ConfigError, DataError
+from videogru.inference.predictions import atomic_text
+from videogru.modelfile import MODEL_FILE_NAME
+
+
+def new_run(name: str, out: Path | None) -> Path:
+    """A new folder: `out`, or runs/<name>-NNNN with the next free number."""
+    try:
+        if out is not None:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise ConfigError(
+                    "is there already, and a new run never overwrites",
+                    where=out,
+                    hint=f"Go on with it: videogru train --resume {out}   or choose another --out",
+                )
+            out.mkdir(parents=True, exist_ok=True)
+            return out
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem or Path(name).name).strip("-") or "run"
+        runs = Path("runs")
+        runs.mkdir(exist_ok=True)
+        taken = [int(m[1]) for p in runs.iterdir() if (m := re.fullmatch(re.escape(stem) + r"-(\d{4,})", p.name))]
+        number = max(taken, default=0) + 1
+        while True:
+            run = runs / f"{stem}-{number:04}"
+            try:
+                run.mkdir()
+                return run
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise ConfigError(f"the run folder cannot be made: {error}", where=out or "runs") from error
+
+
+def run_config(run: Path) -> Config:
+    """The settings a run was made with. Raises ConfigError where this is no run folder."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            "no run folder: it has no config.yaml",
+            where=run,
+            hint="A run that was killed before it began has none either: remove the folder, and start anew.",
+        )
+    return resolve_config((str(path), read_settings_file(path)))
+
+
+def begun_run(config: Config, corpus: Corpus, out: Path | None) -> Path:
+    """A new folder with splits and settings. Settings last: with them it is a run, and `resume` takes it."""
+    run = new_run(config.data.dataset, out)
+    corpus.manifest.to_csv(run / "splits.csv")
+    with atomic_text(run / "config.yaml") as file:
+        file.write(config.to_yaml())
+    return run
+
+
+def remove_unfinished(run: Path) -> None:
+    """Files that a killed process was writing."""
+    for part in (*run.glob(".*.partial"), *run.glob(f".{MODEL_FILE_NAME}.*")):
+        part.unlink(missing_ok=True)
+
+
+def check_names(corpus: Corpus) -> None:
+    """Names that are no valid text cannot stand in the run's tables."""
+    try:
+        "\n".join(corpus.manifest.sources.tolist()).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"a file name is no valid text: {_line_around(error)!r}", where=corpus.name, hint="Rename it."
+        ) from error
+
+
+def _line_around(error: UnicodeEncodeError) -> str:
+    start = error.object.rfind("\n", 0, error.start) + 1
+    return error.object[start:].split("\n", 1)[0]
+
+
+def check_splits(corpus: Corpus, run: Path) -> None:
+    """Refuse a corpus whose rows or splits are not those of the run: its test rows may have been trained on."""
+    saved = run / "splits.csv"
+    with tempfile.TemporaryDirectory() as folder:
+        now = Path(folder) / "splits.csv"
+        corpus.manifest.to_csv(now)
+        if saved.is_file() and saved.read_bytes() == now.read_bytes():
+            return
+    raise DataError(
+        "the data set has other rows or splits than when the run began" if saved.is_file() else "no such file",
+        where=saved,
+        hint=f"Bring the files back, or start anew: videogru train --config {run / 'config.yaml'}",
+    )
