@@ -74,6 +74,13 @@ class DataConfig(Settings):
         None, description="to a square: crop the center, pad, or stretch; default: pad for volumes, else crop"
     )
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = Field("auto", description="video decoder")
+    decode_timeout_seconds: float = Field(
+        60.0,
+        ge=0,
+        le=1e6,
+        description="reading one source may take this long, then its process is ended and replaced, and the source "
+        "counts as unreadable; 0: no limit. Needs reader processes: with train.num_workers=0 nothing is watched",
+    )
     axis: Literal["axial", "coronal", "sagittal"] = Field("axial", description="axis along which a volume is unrolled")
     intensity: Literal["percentile", "window"] = Field("percentile", description="how volume intensities map to 0..1")
     percentile_low: float = Field(0.5, ge=0, le=100)
