@@ -28,6 +28,7 @@ from videogru.data.card import load_card
 from videogru.data.dataset import ClipDataset
 from videogru.data.describe import describe_corpus
 from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.skipping import leave_out_bad
 from videogru.data.video import check_decoder
 from videogru.data.views import ONE_VIEW, Views, check_views
 from videogru.errors import ConfigError, DataError, ModelFileError
@@ -38,7 +39,7 @@ from videogru.inference.probe import Probe, probe
 from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
-from videogru.training.callbacks import STATE_FILE, check_resumable
+from videogru.training.callbacks import STATE_FILE, check_resumable, rows_left_out
 from videogru.training.fit import Trained, fit, trainable_classifier
 
 Say = Callable[[str], None]
@@ -66,7 +67,7 @@ def new_run(name: str, out: Path | None) -> Path:
                 )
             out.mkdir(parents=True, exist_ok=True)
             return out
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem or Path(name).name).strip("-") or "run"
+        stem = folder_stem(name)
         runs = Path("runs")
         runs.mkdir(exist_ok=True)
         taken = [int(m[1]) for p in runs.iterdir() if (m := re.fullmatch(re.escape(stem) + r"-(\d{4,})", p.name))]
@@ -80,6 +81,11 @@ def new_run(name: str, out: Path | None) -> Path:
                 number += 1
     except OSError as error:
         raise ConfigError(f"the run folder cannot be made: {error}", where=out or "runs") from error
+
+
+def folder_stem(name: str) -> str:
+    """A data set's name or path as the beginning of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem or Path(name).name).strip("-") or "run"
 
 
 def settings_for_training(name: str | None, flags: Mapping[str, Any], assigned: Mapping[str, Any]) -> Config:
@@ -119,7 +125,8 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
     """Train, evaluate and report into a new run folder."""
     corpus = open_corpus(config.data, seed=config.data.split_seed)
     config = config.model_copy(update={"data": config.data.for_kind(corpus.kind)})
-    for note in corpus.notes:
+    corpus, told = leave_out_bad(corpus, config.data)
+    for note in (*corpus.notes, *told):
         say(f"note: {note}")
     # Settings that do not fit together must not leave a run folder behind.
     trainable_classifier(config, corpus)
@@ -147,6 +154,7 @@ def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
     corpus = open_corpus(config.data, seed=config.data.split_seed)
     _check_splits(corpus, run)
     check_resumable(run / STATE_FILE)
+    corpus = replace(corpus, left_out=rows_left_out(run))
     say(f"going on with {run}, from its last saved step")
     return _train(config, corpus, run, resume=True, progress=progress, say=say)
 

@@ -29,7 +29,7 @@ class CorpusModule(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         batches = EpochBatches(
-            self.corpus.manifest.rows("train"),
+            self.corpus.training_rows("train"),
             batch_size=self.config.train.batch_size,
             seed=self.config.train.seed,
             epoch=lambda: int(trainer.current_epoch),
@@ -44,7 +44,7 @@ class CorpusModule(pl.LightningDataModule):
         """All validation rows in order, the process's share of them; none where there is no validation split."""
         trainer = self.trainer
         assert trainer is not None
-        rows: NDArray[np.int64] = self.corpus.manifest.rows("val")[trainer.global_rank :: trainer.world_size]
+        rows: NDArray[np.int64] = self.corpus.training_rows("val")[trainer.global_rank :: trainer.world_size]
         if not len(rows):
             return []
         batches = OrderedBatches(rows, batch_size=self.config.train.batch_size)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,8 @@ from videogru.errors import DataError, Interrupted
 from videogru.training.task import SequenceTask
 
 STATE_FILE = "last.ckpt"
+BAD_FILES = "bad_files.csv"
+BY_CHECK = "check"
 
 
 class Scores(Callback):
@@ -93,7 +95,7 @@ class Scores(Callback):
         if "train_loss" not in row:
             raise DataError(
                 "not one training clip could be read",
-                where=self.run / "bad_files.csv",
+                where=self.run / BAD_FILES,
                 hint="The reasons stand in this file; mend the files or the manifest.",
             )
         if not math.isfinite(row["train_loss"]):
@@ -230,26 +232,34 @@ def check_resumable(path: Path) -> None:
 
 
 class BadFiles:
-    """Training files that could not be read: listed in bad_files.csv, counted once each, and too many stop the run."""
+    """Training files that could not be read: listed in bad_files.csv, counted once each, and too many stop the run.
 
-    def __init__(self, run: Path, sources: Callable[[int], str], *, limit: int, say: Callable[[str], None]) -> None:
-        self.path, self.sources, self.limit, self.say = run / "bad_files.csv", sources, limit, say
+    left_out: reasons by row of those that a check found and training never opens; they are listed, but do not count.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        sources: Callable[[int], str],
+        *,
+        limit: int,
+        say: Callable[[str], None],
+        left_out: Mapping[int, str] | None = None,
+    ) -> None:
+        self.path, self.sources, self.limit, self.say = run / BAD_FILES, sources, limit, say
+        self.left_out = left_out or {}
         self.reasons: dict[int, str] = {}
         if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                self.reasons = {int(line["row"]): line["reason"] for line in csv.DictReader(file)}
+            self.reasons = {row: reason for row, reason, found_by in _bad_files(self.path) if found_by != BY_CHECK}
+        elif self.left_out:
+            self._append([(row, reason, BY_CHECK) for row, reason in sorted(self.left_out.items())])
 
     def add(self, row: int, reason: str) -> None:
         """Note one; raises DataError when there are more than `limit`."""
         if row in self.reasons:
             return
         self.reasons[row] = reason
-        fresh = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if fresh:
-                writer.writerow(["row", "source", "reason"])
-            writer.writerow([row, self.sources(row), reason])
+        self._append([(row, reason, "training")])
         self.say(f"skipped, cannot be read: {reason}")
         if len(self.reasons) > self.limit:
             raise DataError(
@@ -257,3 +267,25 @@ class BadFiles:
                 where=self.path,
                 hint="Mend or remove them, or raise the bound: --set data.max_bad=N",
             )
+
+    def _append(self, found: list[tuple[int, str, str]]) -> None:
+        fresh = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if fresh:
+                writer.writerow(["row", "source", "reason", "found_by"])
+            writer.writerows([row, self.sources(row), reason, found_by] for row, reason, found_by in found)
+
+
+def _bad_files(path: Path) -> list[tuple[int, str, str]]:
+    """(row, reason, found_by) of each line."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [(int(line["row"]), line["reason"], line.get("found_by") or "training") for line in csv.DictReader(file)]
+
+
+def rows_left_out(run: Path) -> dict[int, str]:
+    """Reasons by row of what a run leaves out: a resumed one must not read other rows than it began with."""
+    path = run / BAD_FILES
+    if not path.exists():
+        return {}
+    return {row: reason for row, reason, found_by in _bad_files(path) if found_by == BY_CHECK}

@@ -67,9 +67,9 @@ def trainable_classifier(config: Config, corpus: Corpus) -> Classifier:
     the machine.
     """
     train = config.train
-    if not len(corpus.manifest.rows("train")):
+    if not len(corpus.training_rows("train")):
         raise DataError("no training rows", where=corpus.name)
-    if train.early_stopping and not len(corpus.manifest.rows("val")):
+    if train.early_stopping and not len(corpus.training_rows("val")):
         raise ConfigError(
             "train.early_stopping needs validation rows, and there are none",
             hint="Hold some out: --set data.val_fraction=0.1",
@@ -91,14 +91,15 @@ def fit(
     and raise Interrupted. Raises DataError where too many files are bad, and what `trainable_classifier` raises.
     """
     train = config.train
-    rows = corpus.manifest.rows("train")
+    rows = corpus.training_rows("train")
     random.seed(train.seed)
     np.random.seed(train.seed % 2**32)
     classifier = trainable_classifier(config, corpus)
     if train.gradient_checkpointing:
         classifier.use_checkpointing(train.checkpoint_steps)
     steps = len(EpochBatches(rows, batch_size=train.batch_size, seed=0, epoch=lambda: 0))
-    bad = BadFiles(run, lambda row: str(corpus.manifest.sources[row]), limit=config.data.max_bad, say=say)
+    sources = corpus.manifest.sources
+    bad = BadFiles(run, lambda row: str(sources[row]), limit=config.data.max_bad, say=say, left_out=corpus.left_out)
     counts = np.bincount(corpus.manifest.labels[rows], minlength=len(corpus.classes)).tolist()
     task = SequenceTask(classifier, train, class_counts=counts, total_steps=steps * train.epochs, failed=bad.add)
 
@@ -133,7 +134,7 @@ def fit(
             enable_progress_bar=progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            limit_val_batches=1.0 if len(corpus.manifest.rows("val")) else 0,
+            limit_val_batches=1.0 if len(corpus.training_rows("val")) else 0,
             use_distributed_sampler=False,
             log_every_n_steps=1,
             default_root_dir=run,
