@@ -43,6 +43,7 @@ def test_flags_grow_only_on_purpose() -> None:
         "infer": ["paths", "--model", "--out", "--format", "--top-k", "--views", "--device", "--set"],
         "data list": [],
         "data info": ["name_or_folder", "--data-dir", "--set"],
+        "data check": ["name_or_folder", "--data-dir", "--out", "--set"],
     }
 
 
@@ -59,7 +60,9 @@ def test_help_is_light() -> None:
     assert finished.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", [["train"], ["eval"], ["infer"], ["data", "list"], ["data", "info"]])
+@pytest.mark.parametrize(
+    "command", [["train"], ["eval"], ["infer"], ["data", "list"], ["data", "info"], ["data", "check"]]
+)
 def test_every_command_shows_examples(typed, command: list[str]) -> None:
     code, out, _ = typed(*command, "--help")
     assert code == 0
@@ -97,6 +100,9 @@ def test_version(typed) -> None:
         (["infer", "scan.nii.gz", "--model", "absent.safetensors"], ["absent.safetensors"]),
         (["infer", "scan.nii.gz", "--out", "no/such/folder.csv"], ["no/such"]),
         (["data", "info", "cifar10"], ["cifar100"]),
+        (["data", "check", "cifar10"], ["cifar100"]),
+        (["data", "check", "."], ["class"]),
+        (["data", "check", "grid_digits", "--set", "data.decode_timeout_seconds=-1"], ["decode_timeout_seconds"]),
     ],
 )
 def test_mistakes_end_with_2_and_one_message(typed, arguments: list[str], words: list[str]) -> None:

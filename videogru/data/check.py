@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from videogru.data.card import load_card
 from videogru.data.check_table import (
     AGAIN,
     FORMAT,
+    HASH_BYTES,
     SUMMARY,
     TABLE,
     Finding,
@@ -149,41 +151,47 @@ def check_corpus(
     sources that are done and of all. Raises Interrupted on Ctrl-C, what is done being kept, and DataError where the
     folder cannot be written.
     """
-    corpus = opened.corpus
-    names, source_of = _sources(corpus)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"the folder cannot be made: {error.strerror or error}", where=folder) from error
-    journal = Journal(folder, header_of(corpus, data))
+    with closing(Journal(folder, header_of(opened.corpus, data))) as journal:
+        return _check(opened, journal, folder, data, num_workers, tick)
+
+
+def _check(
+    opened: Opened,
+    journal: Journal,
+    folder: Path,
+    data: DataConfig,
+    num_workers: int,
+    tick: Callable[[int, int], None],
+) -> Checked:
+    corpus = opened.corpus
+    names, source_of = _sources(corpus)
     records: dict[str, Record] = {}
     try:
         records = _of_arrays(corpus, tick) if corpus.arrays is not None else _known(corpus, names, journal)
         left = [name for name in names if name not in records]
-        decoded = len(left)
         tick(len(records), len(names))
         for record in _inspect(left, corpus, data, num_workers):
             journal.add(record)
             records[record.source] = record
             tick(len(records), len(names))
     except KeyboardInterrupt:
-        journal.close()
         raise Interrupted(
             f"interrupted; {len(records)} of {len(names)} sources are checked",
             where=folder,
             hint="The same command goes on from there.",
         ) from None
-    except BaseException:
-        journal.close()
-        raise
     ordered = [records[name] for name in names]
     uses = uses_of(corpus.manifest, names, source_of)
     duplicates = find_duplicates(ordered, uses)
     findings = [*findings_of(duplicates, uses), *opened.findings, *_file_findings(ordered)]
     findings += _window_findings(corpus, ordered, source_of) + _row_findings(corpus, source_of, names)
-    journal.replace(ordered if corpus.arrays is None else [])
-    checked = Checked(data.dataset, folder, corpus, ordered, findings, duplicates, decoded)
+    checked = Checked(data.dataset, folder, corpus, ordered, findings, duplicates, len(left))
     _write(checked, uses, data)
+    journal.replace(ordered if corpus.arrays is None else [])
     return checked
 
 
@@ -278,7 +286,7 @@ def _of_arrays(corpus: Corpus, tick: Callable[[int, int], None]) -> dict[str, Re
             width=width,
             height=height,
             codec=str(array.dtype),
-            pixel_hash=hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest(),
+            pixel_hash=hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=HASH_BYTES).hexdigest(),
             signature=packed_signature(small_gray(torch.from_numpy(np.ascontiguousarray(array[wanted])))),
         )
         if row % 1000 == 0:

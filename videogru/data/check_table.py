@@ -21,6 +21,8 @@ STATUSES: tuple[str, ...] = get_args(Status)
 AGAIN = frozenset({"hung", "missing", "unread"})
 RECORDS, TABLE, SUMMARY = "records.jsonl", "check.csv", "summary.json"
 FORMAT = 1
+HASH_BYTES = 16
+_HASH_LETTERS = 2 * HASH_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,8 @@ def read_table(path: Path) -> list[Record]:
 def _record(cells: dict[str, str]) -> Record:
     if cells["status"] not in STATUSES or not cells["source"]:
         raise ValueError(f"status {cells['status']!r} of source {cells['source']!r}")
+    if any(len(cells[name]) not in (0, _HASH_LETTERS) for name in ("file_hash", "pixel_hash")):
+        raise ValueError(f"the hashes of {cells['source']!r} are no hashes")
     values: dict[str, Any] = dict(cells)
     for name, kind in _TYPES.items():
         values[name] = kind(cells[name]) if cells[name] else None
@@ -162,7 +166,7 @@ class Journal:
         self._file.close()
 
     def replace(self, records: Sequence[Record]) -> None:
-        """Put these in place of all, one line each; closes the journal."""
+        """Put these in place of all, one line each; the last act of a check."""
         part = self.path.with_name(RECORDS + ".part")
         try:
             with part.open("wb") as file:
@@ -171,8 +175,6 @@ class Journal:
             part.replace(self.path)
         except OSError as error:
             raise DataError(f"cannot be written: {error.strerror or error}", where=self.path) from error
-        finally:
-            self.close()
 
     def _lock(self) -> None:
         import fcntl

@@ -5,6 +5,7 @@ Two of them in different splits are a leak: a test on them tests nothing. With d
 
 import base64
 import csv
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,10 +139,10 @@ def _apart(uses: Uses, first: int, second: int) -> bool:
 
 def _leaking(forest: "_Forest", uses: Uses, count: int) -> int:
     roots = [forest.root(source) for source in range(count)]
-    members = np.bincount(roots, minlength=count) if count else np.zeros(0, np.int64)
+    members = Counter(roots)
     trained = {root for source, root in enumerate(roots) if uses.splits[source] & 1}
     return sum(
-        members[root] > 1 and root in trained and not uses.splits[source] & 1 for source, root in enumerate(roots)
+        members[root] > 1 and root in trained and not int(uses.splits[source]) & 1 for source, root in enumerate(roots)
     )
 
 
@@ -151,7 +152,7 @@ def _unpacked(texts: list[str]) -> NDArray[np.uint8]:
 
 
 class _Forest:
-    """Which sources are connected; the smallest index of each tree... stays its root."""
+    """Which sources are connected."""
 
     def __init__(self, count: int) -> None:
         self._above = list(range(count))

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig, Kind
-from videogru.data.check_table import Record
+from videogru.data.check_table import HASH_BYTES, Record
 from videogru.data.frames import FrameSource
 from videogru.data.signature import places, signatures, small_gray
 from videogru.data.sources import open_source
@@ -73,7 +73,7 @@ def file_facts(path: Path) -> tuple[int, int]:
 
 
 def _file_hash(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
     for part in sorted(path.iterdir()) if path.is_dir() else [path]:
         with part.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
@@ -119,7 +119,7 @@ def _read_whole(source: FrameSource) -> dict[str, Any]:
     """Facts of a source that reads any steps at the same cost, a few at a time."""
     positions = source.positions
     wanted = places(positions, source.extent)
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
     pictures: dict[int, NDArray[np.float32]] = {}
     shape: tuple[int, ...] = ()
     for first, frames in _in_chunks(source):

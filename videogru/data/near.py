@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from videogru.data.signature import MOTION_BITS, SCENE_BITS, SIGNATURE_BYTES
 
 # Measured by tools/bench_duplicates.py, which shows what they tell apart.
-STILL_SCENE = 0.06  # largest share of differing signs between two stills, or two clips without motion
+STILL_SCENE = 0.1  # largest share of differing signs between two stills, or two clips without motion
 MOVING_SCENE = 0.1  # between clips whose motion decides
 MOTION = 0.04  # of the signs of the motion, in each quarter of the clip
 _QUARTERS = 4
@@ -67,7 +67,8 @@ def _buckets(
 ) -> Iterator[NDArray[np.int64]]:
     """Indices that share a key, cut to the shortest key for which a bucket holds at most `largest`."""
     if len(shown) <= largest:
-        yield shown
+        if len(shown) > 1:
+            yield shown
         return
     # Positive signs only: what has no sign counts as negative.
     scene = generator.choice(SCENE_BITS - 1, _KEY_BITS // 2, replace=False) + 1
