@@ -96,17 +96,17 @@ def test_forms_say_the_same(predictions: Predictions) -> None:
 
 def test_out_is_checked_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="folder"):
-        answers._check_writable(tmp_path)
+        answers.check_writable(tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
-        answers._check_writable(tmp_path / "no" / "answers.csv")
-    answers._check_writable(tmp_path / "answers.csv")
+        answers.check_writable(tmp_path / "no" / "answers.csv")
+    answers.check_writable(tmp_path / "answers.csv")
     assert not (tmp_path / "answers.csv").exists()
 
 
 def test_without_a_model_the_command_to_train_one_is_named(folder: Path) -> None:
     with pytest.raises(ModelFileError, match="videogru train --dataset adrenalmnist3d"):
-        answers._newest_fitting(["scan.nii.gz"], quiet)
+        answers.newest_fitting(["scan.nii.gz"], quiet)
     with pytest.raises(ModelFileError, match="grid_digits"):
-        answers._newest_fitting(["deep"], quiet)
+        answers.newest_fitting(["deep"], quiet)
     with pytest.raises(ModelFileError, match="--dataset NAME"):
-        answers._newest_fitting(["notes.txt"], quiet)
+        answers.newest_fitting(["notes.txt"], quiet)

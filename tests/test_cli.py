@@ -40,7 +40,11 @@ def test_flags_grow_only_on_purpose() -> None:
             *("--devices", "--nodes", "--resume", "--seed", "--out", "--set"),
         ],
         "eval": ["run_or_model", "--split", "--dataset", "--data-dir", "--views", "--device", "--out"],
-        "infer": ["paths", "--model", "--out", "--format", "--top-k", "--views", "--device", "--set"],
+        "infer": [
+            *("paths", "--model", "--out", "--format", "--top-k", "--views", "--windows"),
+            *("--window-seconds", "--min-confidence", "--device", "--set"),
+        ],
+        "probe": ["run_or_model", "--split", "--data-dir", "--device"],
         "data list": [],
         "data info": ["name_or_folder", "--data-dir", "--set"],
         "data check": ["name_or_folder", "--data-dir", "--out", "--set"],

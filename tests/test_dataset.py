@@ -1,14 +1,18 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from test_video import make_video
 from videogru.config import DataConfig
+from videogru.data import dataset as dataset_module
 from videogru.data.batching import EpochBatches, OrderedBatches
-from videogru.data.dataset import ArraySource, ClipDataset, default_workers, make_loader
+from videogru.data.dataset import ArraySource, ClipDataset, ClipLoader, default_workers
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
+from videogru.data.sources import open_source
 
 
 def corpus(kind: str, arrays: np.ndarray) -> Corpus:
@@ -69,7 +73,7 @@ def test_training_draws_depend_on_the_epoch_and_stay_in_their_segments(volumes: 
 def test_loaders_keep_the_samplers_order(stills: Corpus, workers: int) -> None:
     rows = np.array([8, 2, 5, 1, 0], dtype=np.int64)
     dataset = ClipDataset(stills, data=DataConfig(frame_size=8).for_kind("image"))
-    loader = make_loader(dataset, OrderedBatches(rows, batch_size=2), num_workers=workers)
+    loader = ClipLoader(dataset, OrderedBatches(rows, batch_size=2), num_workers=workers)
     seen = [loaded.batch.indices.tolist() for loaded in loader if loaded.batch is not None]
     assert seen == [[8, 2], [5, 1], [0]]
 
@@ -77,7 +81,7 @@ def test_loaders_keep_the_samplers_order(stills: Corpus, workers: int) -> None:
 def test_epoch_travels_with_the_batch(stills: Corpus) -> None:
     batches = EpochBatches(np.arange(9, dtype=np.int64), batch_size=4, seed=0, epoch=lambda: 7)
     dataset = ClipDataset(stills, data=DataConfig(frame_size=8).for_kind("image"))
-    assert {loaded.epoch for loaded in make_loader(dataset, batches, num_workers=0)} == {7}
+    assert {loaded.epoch for loaded in ClipLoader(dataset, batches, num_workers=0)} == {7}
 
 
 def test_array_rows_as_sources() -> None:
@@ -99,3 +103,30 @@ def test_workers(kind: str, arrays: bool, asked: int | None, expected: int | Non
     corpus = Corpus("x", kind, ("a", "b"), manifest, array, None, 0, ())  # type: ignore[arg-type]
     workers = default_workers(corpus, asked)
     assert workers == expected if expected is not None else 1 <= workers <= 8
+
+
+def test_windows_of_one_file_in_a_batch_share_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give what each gives alone; a broken neighbor closes the file and costs nobody else anything."""
+    paths = [make_video(tmp_path / f"{name}.mp4", range(0, 1000, 40)) for name in "ab"]
+    names = ["a.mp4", "a.mp4", "a.mp4", "b.mp4", "a.mp4"]
+    starts, ends = np.array([0.0, 5.0, 0.4, 0.2, 0.6]), np.array([0.2, 6.0, 0.8, 0.4, 0.9])
+    manifest = build_manifest(tmp_path, ("x", "y"), names, [0, 1, 0, 1, 0])
+    manifest = replace(manifest, start_seconds=starts, end_seconds=ends)
+    videos = Corpus("v", "video", ("x", "y"), manifest, None, None, 0, ())
+    opened = []
+
+    def counted(path: Path, **settings: object) -> object:
+        opened.append(path.name)
+        return open_source(path, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dataset_module, "open_source", counted)
+    data = DataConfig(frame_size=16, num_frames=4).for_kind("video")
+    together = ClipDataset(videos, data=data).__getitems__([(0, row) for row in (0, 2, 1, 4, 3)])
+    assert opened == ["a.mp4", "a.mp4", "b.mp4"]  # again after the window that lies outside
+    assert [row for row, _ in together.failures] == [1]
+    assert together.batch is not None
+    for place, row in enumerate((0, 2, 4, 3)):
+        alone = ClipDataset(videos, data=data).__getitems__([(0, row)]).batch
+        assert alone is not None
+        assert torch.equal(alone.frames[0], together.batch.frames[place])
+    assert all(path.exists() for path in paths)

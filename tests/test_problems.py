@@ -1,8 +1,9 @@
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from videogru.data.columns import Coded
 from videogru.data.manifest import build_manifest, read_manifest
 from videogru.data.problems import class_problems, edits, group_problems, label_typos, manifest_problems
 from videogru.errors import DataError
@@ -111,7 +112,5 @@ def test_classes_and_groups() -> None:
     assert found == {("b", False), ("c", False)}
     assert {finding.where for finding in class_problems(manifest, folders=True) if finding.bad} == {"c"}
     assert not group_problems(manifest)
-    from dataclasses import replace
-
-    shared = replace(manifest, groups=np.array(["x", "y", "x"]))
+    shared = replace(manifest, groups=Coded.of(["x", "y", "x"]))
     assert [finding.what for finding in group_problems(shared)] == ["group 'x' is in train and test"]

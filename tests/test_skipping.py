@@ -2,6 +2,7 @@
 
 import csv
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from command_line import QUICK, videogru, write_video
 
 from videogru.config import DataConfig
 from videogru.data.layouts import open_corpus
-from videogru.data.skipping import leave_out_bad
+from videogru.data.skipping import bad_rows
 
 
 @pytest.fixture
@@ -33,8 +34,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def left_out(**settings: object) -> tuple[set[str], str]:
     data = DataConfig(dataset="clips/table.csv", **settings)
-    corpus, notes = leave_out_bad(open_corpus(data), data)
-    return {str(corpus.manifest.sources[row]) for row in corpus.left_out}, "; ".join(notes)
+    corpus = open_corpus(data)
+    found, notes = bad_rows(corpus, data)
+    return {str(corpus.manifest.sources[row]) for row in found}, "; ".join(notes)
 
 
 def test_what_is_left_out(place: Path) -> None:
@@ -99,7 +101,8 @@ def test_windows_outside_are_left_out(place: Path) -> None:
     rows = ["a/0.mp4,a,train,0,0.5", "a/0.mp4,a,train,3,4", "b/0.mp4,b,train,0,1"]
     Path("clips/table.csv").write_text("source,label,split,start_seconds,end_seconds\n" + "\n".join(rows) + "\n")
     data = DataConfig(dataset="clips/table.csv")
-    corpus, _ = leave_out_bad(open_corpus(data), data)
+    corpus = open_corpus(data)
+    corpus = replace(corpus, left_out=bad_rows(corpus, data)[0])
     assert list(corpus.left_out) == [1]
     assert 1 not in corpus.training_rows("train")
     assert 1 in corpus.manifest.rows("train")

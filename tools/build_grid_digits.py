@@ -20,6 +20,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from videogru.data.columns import Text
 from videogru.data.manifest import Manifest, read_manifest
 
 FRAMES_PER_SECOND = 25
@@ -47,7 +48,7 @@ def main() -> int:
         if (row + 1) % 100 == 0:
             sys.stderr.write(f"{row + 1}/{len(corpus)} clips, {total / 1e6:.2f} MB, worst frame {worst:.1f} dB\n")
     whole = np.full(len(corpus), np.nan)
-    cut = replace(corpus, sources=np.asarray(names), start_seconds=whole, end_seconds=whole)
+    cut = replace(corpus, sources=Text.of(names), start_seconds=whole, end_seconds=whole)
     cut.to_csv(arguments.out / "manifest.csv")
     return 0
 

@@ -7,6 +7,7 @@ Heavy modules are imported inside the commands, so that `videogru --help` answer
 import errno
 import io
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -115,8 +116,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Clips per step and process.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    devices: Annotated[int | None, typer.Option(help="GPUs per node; more than one: not yet.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines; more than one: not yet.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Processes per machine, a GPU each where there are any.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Machines; start the command on each, see docs/training.md.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
     out: Annotated[
@@ -149,11 +152,24 @@ def train(
                 "--resume takes all settings from the run; leave the other flags out",
                 hint=f"videogru train --resume {resume}",
             )
+        settings = runs.run_config(resume)
+        _start_processes(runs.processes_to_start(settings))
         outcome = runs.resume(resume, progress=progress, say=_say)
     else:
         settings = runs.settings_for_training(config, given, assigned)
+        _start_processes(runs.processes_to_start(settings))
         outcome = runs.train(settings, out=out, progress=progress, say=_say)
     _show_outcome(outcome)
+
+
+def _start_processes(wanted: tuple[int, int] | None) -> None:
+    """Where several processes are wanted, have them do this command, and end as they do."""
+    if wanted is None:
+        return
+    from videogru.training.launch import launch
+
+    devices, nodes = wanted
+    raise typer.Exit(launch(sys.argv[1:], devices=devices, nodes=nodes, say=_say))
 
 
 @app.command(
@@ -223,7 +239,8 @@ def probe(
     epilog="[bold]Examples[/bold]\n\n"
     "videogru infer scan.nii.gz\n\n"
     "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
-    "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord"
+    "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord\n\n"
+    "videogru infer sentence.mp4 --windows"
 )
 def infer(
     paths: Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="PATHS...")],
@@ -237,28 +254,56 @@ def infer(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes named per input.")] = 1,
     views: ViewsOption = "1x1",
+    windows: Annotated[
+        bool, typer.Option("--windows", help="Find what shows when in long videos: a timeline and a picture of it.")
+    ] = False,
+    window_seconds: Annotated[
+        list[float] | None,
+        typer.Option(help="Length of the windows, repeatable; default: as trained.", show_default=False),
+    ] = None,
+    min_confidence: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Windows below do not count; default: 0.5.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     set_: SetOption = None,
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
     from videogru.config import parse_assignments
     from videogru.data.views import parse_views
-    from videogru.inference import answers
+    from videogru.inference import answers, timeline_answers
 
     by_ending = {".csv": Format.csv, ".jsonl": Format.jsonl}
     chosen = format or (by_ending.get(out.suffix, Format.table) if out else Format.table)
-    failed = answers.answer(
-        paths,
-        model=model,
-        out=out,
-        form=chosen.value,
-        top_k=top_k,
-        views=parse_views(views),
-        device=device,
-        settings=parse_assignments(set_ or []),
-        progress=sys.stderr.isatty(),
-        say=_say,
-    )
+    if windows and (top_k != 1 or views != "1x1"):
+        raise ConfigError("--windows names one class per segment, from one view: leave --top-k and --views out")
+    if not windows and (window_seconds or min_confidence is not None):
+        raise ConfigError("--window-seconds and --min-confidence go with --windows", hint="Add --windows.")
+    if windows:
+        failed = timeline_answers.answer_windows(
+            paths,
+            model=model,
+            out=out,
+            form=chosen.value,
+            window_seconds=window_seconds or (),
+            min_confidence=0.5 if min_confidence is None else min_confidence,
+            device=device,
+            settings=parse_assignments(set_ or []),
+            progress=sys.stderr.isatty(),
+            say=_say,
+        )
+    else:
+        failed = answers.answer(
+            paths,
+            model=model,
+            out=out,
+            form=chosen.value,
+            top_k=top_k,
+            views=parse_views(views),
+            device=device,
+            settings=parse_assignments(set_ or []),
+            progress=sys.stderr.isatty(),
+            say=_say,
+        )
     if failed:
         raise typer.Exit(3)
 
@@ -373,6 +418,10 @@ def main() -> None:
     """Run a command; turn what went wrong into one message and an exit code."""
     # SIGTERM ends every command as Ctrl-C does: cleanly, with 130.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if launcher := os.environ.pop("VIDEOGRU_LAUNCHED_BY", ""):
+        from videogru.data.worker import end_with_parent
+
+        end_with_parent(signal.SIGTERM, parent=int(launcher))
     sys.exit(_run())
 
 
@@ -389,7 +438,8 @@ def _run() -> int:
             _say("interrupted")
         return code
     except VideogruError as error:
-        _say(str(error) if error.exit_code == 130 else f"error: {error}")
+        if not error.is_echo:
+            _say(str(error) if error.exit_code == 130 else f"error: {error}")
         return error.exit_code
     except MemoryError as error:
         _say(f"error: not enough memory ({error}); make data.num_frames, data.frame_size or train.batch_size smaller")

@@ -81,6 +81,13 @@ class DataConfig(Settings):
         description="reading one source may take this long, then its process is ended and replaced, and the source "
         "counts as unreadable; 0: no limit. Needs reader processes: with train.num_workers=0 nothing is watched",
     )
+    cache: Literal["none", "jpeg", "raw"] = Field(
+        "none",
+        description="videos are decoded once, into frames that later epochs read; raw: the same bits, channels * "
+        "frame_size^2 bytes a frame; jpeg: near, about a tenth of that",
+    )
+    cache_dir: Path | None = Field(None, description="where; default: frame-cache/ beside the data sets")
+    cache_gib: float = Field(50.0, gt=0, description="of disk that the folder may fill; then no more is added")
     axis: Literal["axial", "coronal", "sagittal"] = Field("axial", description="axis along which a volume is unrolled")
     intensity: Literal["percentile", "window"] = Field("percentile", description="how volume intensities map to 0..1")
     percentile_low: float = Field(0.5, ge=0, le=100)
@@ -116,6 +123,8 @@ class DataConfig(Settings):
             for key in ("context_seconds", "augment.shift_seconds"):
                 if self.context_seconds if key == "context_seconds" else self.augment.shift_seconds:
                     raise ConfigError(f"data.{key} is for videos, not for a {kind}", hint="Leave it at 0.")
+            if self.cache != "none":
+                raise ConfigError(f"data.cache is for videos, not for a {kind}", hint="Leave it at none.")
             if self.sampling == "dense":
                 raise ConfigError(
                     f"data.sampling=dense counts in seconds, which a {kind} has none of",
@@ -208,8 +217,13 @@ class TrainConfig(Settings):
     num_workers: int | None = Field(
         None, ge=0, le=128, description="reader processes; default: one per core but one, at most 8"
     )
-    devices: Positive = Field(1, description="GPUs or processes per node; more than one: not yet")
-    nodes: Positive = Field(1, description="machines; more than one: not yet")
+    devices: int | None = Field(
+        None, ge=1, le=1024, description="processes per node, a GPU each if any; default: as torchrun says, else 1"
+    )
+    nodes: int | None = Field(None, ge=1, le=65_536, description="machines; default: as torchrun says, else 1")
+    save_every_minutes: float = Field(
+        10.0, ge=0, description="how often the state is saved inside an epoch; 0: only after epochs"
+    )
 
     @model_validator(mode="after")
     def _compiled_or_recomputed(self) -> "TrainConfig":
@@ -221,14 +235,6 @@ class TrainConfig(Settings):
     def _gates_need_muon(self) -> "TrainConfig":
         if self.muon_recurrent and self.optimizer != "muon":
             raise ValueError(f"train.muon_recurrent needs train.optimizer=muon, not {self.optimizer}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_process(self) -> "TrainConfig":
-        if self.devices * self.nodes > 1:
-            raise ValueError(
-                "training on several devices or nodes is not supported yet: --devices and --nodes must be 1"
-            )
         return self
 
 

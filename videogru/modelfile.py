@@ -30,7 +30,8 @@ class ModelCard(BaseModel):
 
     model: architecture (its `temporal` tells streaming models); data: preprocessing and sampling; classes: names in the
     order of the logits; mean, std: per channel, of frames in 0..1; frame_size: pixels, as in data; versions: packages
-    that wrote it; dataset, license: of the training data; metrics: scores by name; created: UTC.
+    that wrote it; dataset, license: of the training data; window_seconds: lengths of the windows of videos that it was
+    trained on (10th, 50th and 90th percentile), empty for whole sources; metrics: scores by name; created: UTC.
     """
 
     # A metric may be nan, which JSON has no number for.
@@ -48,6 +49,7 @@ class ModelCard(BaseModel):
     versions: dict[str, str]
     dataset: str
     license: str
+    window_seconds: tuple[FiniteFloat, ...] = ()
     metrics: dict[str, float]
     created: datetime
 
@@ -59,6 +61,8 @@ class ModelCard(BaseModel):
             raise ValueError(f"frame_size {self.frame_size} but data.frame_size {self.data.frame_size}")
         if self.data.channels not in (None, self.in_channels):
             raise ValueError(f"{self.in_channels} channels but data.channels {self.data.channels}")
+        if self.window_seconds and min(self.window_seconds) <= 0:
+            raise ValueError(f"window_seconds must lie above 0, got {self.window_seconds}")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("class names repeat")
         return self
@@ -77,6 +81,7 @@ def make_card(
     data: DataConfig,
     dataset: str = "",
     license: str = "",
+    window_seconds: tuple[float, ...] = (),
     metrics: dict[str, float] | None = None,
 ) -> ModelCard:
     """The card of a classifier, with this moment and the installed versions. Raises ValueError where they disagree."""
@@ -97,13 +102,15 @@ def make_card(
         versions=versions,
         dataset=dataset,
         license=license,
+        window_seconds=window_seconds,
         metrics=metrics or {},
         created=datetime.now(UTC),
     )
 
 
 def write_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
-    """Write one model file, whole or not at all. Paths of this machine (data_dir, folders of weights) are left out.
+    """Write one model file, whole or not at all. Paths of this machine (data_dir, folders of weights) and its frame
+    cache are left out: who predicts does not fill a disk without asking.
 
     Raises ValueError where card and classifier disagree, VideogruError where the file cannot be written.
     """
@@ -111,7 +118,8 @@ def write_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
         raise ValueError("the card describes another classifier")
     if card.frame_size != classifier.frame_size or (card.mean, card.std) != (classifier.mean, classifier.std):
         raise ValueError("the card describes other frames than the classifier takes")
-    data = card.data.model_copy(update={"data_dir": None, "dataset": Path(card.data.dataset).name})
+    here = {"data_dir": None, "dataset": Path(card.data.dataset).name, "cache": "none", "cache_dir": None}
+    data = card.data.model_copy(update=here)
     model = card.model.model_copy(update={"weights": Path(card.model.weights).name})
     card = card.model_copy(update={"data": data, "model": model})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}

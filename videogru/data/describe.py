@@ -33,7 +33,7 @@ def describe_corpus(corpus: Corpus, *, data: DataConfig, probe: int = 8) -> dict
         "root": str(manifest.root),
         "classes": len(corpus.classes),
         "rows": len(manifest),
-        "groups": len(np.unique(manifest.groups)),
+        "groups": manifest.groups.distinct(),
         "unlabeled": unlabeled,
         "missing": corpus.missing,
         "splits": {split: int(counts[split].sum()) for split in SPLITS},

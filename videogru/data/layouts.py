@@ -8,14 +8,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from videogru.config import SPLITS, DataConfig, Kind, Split
 from videogru.data.card import Card, load_card
+from videogru.data.columns import Coded, hand_over
+from videogru.data.folders import first_of_each_suffix
 from videogru.data.frames import SUFFIXES, kind_of_name, media_files
-from videogru.data.manifest import Manifest, assign_splits, build_manifest, missing_rows, read_manifest, read_table
+from videogru.data.manifest import Manifest, build_manifest, missing_rows, read_manifest
+from videogru.data.splits import assign_splits
+from videogru.data.table import TABLE_SUFFIXES, read_table
 from videogru.errors import ConfigError, DataError
 from videogru.resources import card_names, data_root
 
@@ -49,13 +54,16 @@ class Corpus:
         rows = self.manifest.rows(split)
         return rows[~np.isin(rows, np.fromiter(self.left_out, np.int64))] if self.left_out else rows
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"arrays": None if self.arrays is None else hand_over(self.arrays)}
+
     def __repr__(self) -> str:
         shape = "" if self.arrays is None else f", arrays {self.arrays.shape}"
         return f"Corpus({self.name}: {self.kind}, {self.manifest!r}{shape}, missing={self.missing})"
 
 
 def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True, empty_classes: bool = False) -> Corpus:
-    """Open data.dataset: the name of a card, a folder with a subfolder per class, or a manifest .csv.
+    """Open data.dataset: a card's name, a folder with a subfolder per class, or a manifest .csv, .parquet or .arrow.
 
     Unset splits are drawn by `assign_splits` from data.val_fraction, data.test_fraction and `seed`. Without
     `for_training`, a set without any split is all test, and one whose splits are all set may lack training rows.
@@ -74,10 +82,10 @@ def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True, e
         if data.data_dir is not None:
             raise ConfigError(f"--data-dir goes with a card or a manifest, but {name} is a folder")
         corpus = _open_class_folders(path, empty_classes)
-    elif path.suffix.lower() == ".csv":
+    elif path.suffix.lower() in TABLE_SUFFIXES:
         corpus = _from_manifest(path.stem, read_manifest(path, root=data.data_dir), None)
     elif path.is_file():
-        raise DataError("not a folder and not a manifest .csv", where=path)
+        raise DataError("not a folder and not a manifest .csv, .parquet or .arrow", where=path)
     else:
         card = load_card(name)
         corpus = _CARD_LAYOUTS[card.layout](card, data)
@@ -101,7 +109,8 @@ def _open_bundled(card: Card, data: DataConfig) -> Corpus:
 
 
 def _from_manifest(name: str, manifest: Manifest, card: Card | None) -> Corpus:
-    kind = _one_kind(manifest.sources.tolist(), manifest.root)
+    rows = first_of_each_suffix(manifest.sources)
+    kind = _one_kind((manifest.sources[row] for row in rows), manifest.root)
     if card is not None and kind != card.kind:
         raise DataError(f"holds {kind} files, but {card.name} is of kind {card.kind}", where=manifest.root)
     missing = len(missing_rows(manifest))
@@ -225,7 +234,7 @@ def _open_kinetics(card: Card, data: DataConfig) -> Corpus:
     if not sources:
         what = f"no clips: {'; '.join(notes)}" if notes else "no train.csv, val.csv or test.csv"
         raise DataError(what, where=place, hint=card.how_to_obtain)
-    manifest = replace(build_manifest(place, card.classes, sources, labels, splits), groups=np.asarray(groups))
+    manifest = replace(build_manifest(place, card.classes, sources, labels, splits), groups=Coded.of(groups))
     return Corpus(card.name, card.kind, card.classes, manifest, None, card, missing, tuple(notes))
 
 

@@ -1,50 +1,54 @@
-"""The table of a data set: one row per source or part of a source, as NumPy columns.
+"""The table of a data set: one row per source or part of a source, as columns.
 
 Columns, not lists of records: millions of Python objects would be copied into each worker as their counts change.
 """
 
 import csv
 import math
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from videogru.config import SPLITS, Split, nearest
+from videogru.data.columns import CHUNK_ROWS, Coded, Text, hand_over
+from videogru.data.folders import Tree, absent, places_of
+from videogru.data.table import FORMAT_HINT, Table, read_columns
 from videogru.errors import DataError
 
 Strings = NDArray[np.character]  # fixed-width str; the abstract type, as np.str_ would mean width 0 to beartype
 UNSET = -1
 _REQUIRED = ("source", "label")
 _OPTIONAL = ("split", "group", "start_seconds", "end_seconds")
-_FORMAT_HINT = "A manifest is a UTF-8 CSV with the columns source,label[,split,group,start_seconds,end_seconds]."
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
     """Rows as columns of equal length; `sources` are POSIX paths relative to `root`.
 
-    sources, groups: (N,) str; labels: (N,) int64, index into `classes` or -1 where unknown; splits: (N,) int8, index
-    into config.SPLITS or -1 where unset; start_seconds, end_seconds: (N,) float64, both NaN for a whole source;
-    notes: what a reader of the data set should know. Raises ValueError where the columns do not fit together.
+    sources: (N,) texts; groups: (N,) texts of which many are equal (`Text.of` and `Coded.of` make them from any
+    strings); labels: (N,) int64, index into `classes` or -1 where unknown; splits: (N,) int8, index into config.SPLITS
+    or -1 where unset; start_seconds, end_seconds: (N,) float64, both NaN for a whole source; notes: what a reader of
+    the data set should know. Raises ValueError where the columns do not fit together.
     """
 
     root: Path
     classes: tuple[str, ...]
-    sources: Strings
+    sources: Text
     labels: NDArray[np.int64]
     splits: NDArray[np.int8]
-    groups: Strings
+    groups: Coded
     start_seconds: NDArray[np.float64]
     end_seconds: NDArray[np.float64]
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         columns = (self.sources, self.labels, self.splits, self.groups, self.start_seconds, self.end_seconds)
-        if len({column.shape for column in columns}) != 1 or self.sources.ndim != 1:
+        if len({column.shape for column in columns}) != 1 or self.labels.ndim != 1:
             raise ValueError(f"columns differ in shape: {[column.shape for column in columns]}")
         for name, codes, count in (("labels", self.labels, len(self.classes)), ("splits", self.splits, len(SPLITS))):
             if len(codes) and not -1 <= int(codes.min()) <= int(codes.max()) < count:
@@ -52,6 +56,10 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def __getstate__(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: hand_over(value) if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
     def __repr__(self) -> str:
         counts = " ".join(f"{split}={len(self.rows(split))}" for split in SPLITS)
@@ -63,7 +71,7 @@ class Manifest:
 
     def path(self, row: int) -> Path:
         """Where the source of a row lies."""
-        return self.root / str(self.sources[row])
+        return self.root / self.sources[row]
 
     def window(self, row: int) -> tuple[float, float] | None:
         """(start, end) in seconds on the source's own time line, or None for the whole source."""
@@ -88,48 +96,56 @@ class Manifest:
         Sources stay relative to `root`, so the file belongs into that folder. Unknown labels and unset splits become
         empty cells. Raises DataError where the file cannot be written.
         """
-        columns: dict[str, list[str]] = {
-            "source": self.sources.tolist(),
-            "label": [self.classes[label] if label >= 0 else "" for label in self.labels.tolist()],
-        }
-        if (self.splits != UNSET).any():
-            columns["split"] = [SPLITS[split] if split >= 0 else "" for split in self.splits.tolist()]
-        if not np.array_equal(self.groups, self.sources):
-            columns["group"] = self.groups.tolist()
-        if not np.isnan(self.start_seconds).all():
-            for name, seconds in (("start_seconds", self.start_seconds), ("end_seconds", self.end_seconds)):
-                columns[name] = ["" if math.isnan(value) else repr(value) for value in seconds.tolist()]
+        names = ["source", "label"]
+        names += ["split"] if (self.splits != UNSET).any() else []
+        names += ["group"] if not self.groups.is_column(self.sources) else []
+        names += ["start_seconds", "end_seconds"] if not np.isnan(self.start_seconds).all() else []
         part = path.with_name(path.name + ".part")
         try:
             with part.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(columns)
-                writer.writerows(zip(*columns.values(), strict=True))
+                writer.writerow(names)
+                for start in range(0, len(self), CHUNK_ROWS):
+                    columns = self._cells(np.s_[start : start + CHUNK_ROWS])
+                    writer.writerows(zip(*(columns[name]() for name in names), strict=True))
             part.replace(path)
         except UnicodeEncodeError as error:
             raise DataError(f"a file name is no valid text: {error.object!r}", where=path, hint="Rename it.") from error
         except OSError as error:
             raise DataError(f"the manifest cannot be written: {error}", where=path) from error
 
+    def _cells(self, rows: slice) -> dict[str, Callable[[], list[str]]]:
+        def seconds(values: NDArray[np.float64]) -> list[str]:
+            return ["" if math.isnan(value) else repr(value) for value in values[rows].tolist()]
+
+        return {
+            "source": lambda: self.sources[rows].tolist(),
+            "label": lambda: [self.classes[label] if label >= 0 else "" for label in self.labels[rows].tolist()],
+            "split": lambda: [SPLITS[split] if split >= 0 else "" for split in self.splits[rows].tolist()],
+            "group": lambda: self.groups[rows].tolist(),
+            "start_seconds": lambda: seconds(self.start_seconds),
+            "end_seconds": lambda: seconds(self.end_seconds),
+        }
+
 
 def build_manifest(
     root: Path,
     classes: Sequence[str],
-    sources: Sequence[str] | Strings,
+    sources: Sequence[str] | Strings | Text,
     labels: Sequence[int] | NDArray[np.integer],
     splits: Sequence[int] | NDArray[np.integer] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Manifest:
     """A manifest of whole sources, each its own group; splits None: all unset."""
     count = len(sources)
-    column = np.asarray(sources, dtype=np.str_)
+    column = Text.of(sources)
     return Manifest(
         root=root,
         classes=tuple(classes),
         sources=column,
         labels=np.asarray(labels, dtype=np.int64),
         splits=np.full(count, UNSET, np.int8) if splits is None else np.asarray(splits, dtype=np.int8),
-        groups=column,
+        groups=Coded.of(column),
         start_seconds=np.full(count, np.nan),
         end_seconds=np.full(count, np.nan),
         notes=notes,
@@ -137,252 +153,143 @@ def build_manifest(
 
 
 def read_manifest(path: Path, classes: Sequence[str] | None = None, *, root: Path | None = None) -> Manifest:
-    """Read a CSV with the columns source,label[,split,group,start_seconds,end_seconds]; other columns are ignored.
+    """Read a table with the columns source,label[,split,group,start_seconds,end_seconds]; others are ignored.
 
-    Sources are relative to `root` (default: the manifest's folder) and may not leave it, links included. Classes are
-    the sorted labels unless given. An empty split cell is unset; an empty or absent group is the source itself; both
-    window cells are given or none. Raises DataError naming the line for whatever does not fit.
+    path: a CSV, or the same columns in a .parquet or .arrow file. Sources are relative to `root` (default: the
+    manifest's folder) and may not leave it, links included. Classes are the sorted labels unless given. An empty split
+    cell is unset; an empty or absent group is the source itself; both window cells are given or none. Raises DataError
+    naming the line for whatever does not fit.
     """
     root = (path.parent if root is None else root).resolve()
-    header, rows, lines = read_table(path)
+    table = read_columns(path, (*_REQUIRED, *_OPTIONAL))
     for name in _REQUIRED:
-        if name not in header:
-            raise DataError(f"no column {name!r}, found {', '.join(header)}", where=path, hint=_FORMAT_HINT)
-    for name in (*_REQUIRED, *_OPTIONAL):
-        if header.count(name) > 1:
-            raise DataError(f"two columns {name!r}", where=path, hint=_FORMAT_HINT)
-
-    def column(name: str) -> list[str]:
-        if name not in header:
-            return [""] * len(rows)
-        at = header.index(name)
-        return [row[at].strip() for row in rows]
+        if name not in table:
+            raise DataError(f"no column {name!r}, found {', '.join(table.header)}", where=path, hint=FORMAT_HINT)
 
     def fail(row: int, what: str, hint: str | None = None) -> DataError:
-        return DataError(what, where=f"{path}:{lines[row]}", hint=hint)
+        return DataError(what, where=table.where(row), hint=hint)
 
-    sources, words = column("source"), column("label")
-    for row, (source, word) in enumerate(zip(sources, words, strict=True)):
-        if not source:
+    sources = Text.of_arrow(table.text("source"))
+    empty = np.diff(sources.offsets) == 0
+    labels, words = _coded(table, "label")
+    blank = labels == words.index("") if "" in words else np.zeros(len(labels), bool)
+    for row in np.flatnonzero(empty | blank)[:1].tolist():
+        if empty[row]:
             raise fail(row, "no source")
-        if not word:
-            raise fail(
-                row, f"no label for {source}", "Every row needs one; to predict without labels use `videogru infer`."
-            )
+        hint = "Every row needs one; to predict without labels use `videogru infer`."
+        raise fail(row, f"no label for {sources[row]}", hint)
     _refuse_strays(root, sources, fail)
 
-    names = tuple(sorted(set(words)) if classes is None else classes)
+    names = tuple(sorted(words) if classes is None else classes)
     codes = {name: code for code, name in enumerate(names)}
-    labels = np.empty(len(rows), np.int64)
-    for row, word in enumerate(words):
-        if word not in codes:
-            raise fail(row, f"unknown label {word!r}", nearest(word, names) or f"Classes: {', '.join(names[:20])}")
-        labels[row] = codes[word]
+    labels = np.array([codes.get(word, UNSET) for word in words], np.int64)[labels]
+    for row in np.flatnonzero(labels == UNSET)[:1].tolist():
+        word = table.text("label")[row].as_py()
+        raise fail(row, f"unknown label {word!r}", nearest(word, names) or f"Classes: {', '.join(names[:20])}")
 
     split_codes: dict[str, int] = {"": UNSET} | {split: code for code, split in enumerate(SPLITS)}
-    splits = np.empty(len(rows), np.int8)
-    for row, word in enumerate(column("split")):
-        if word not in split_codes:
-            raise fail(row, f"unknown split {word!r}", f"Splits: {', '.join(SPLITS)}, or empty to have one chosen.")
-        splits[row] = split_codes[word]
+    splits, words = _coded(table, "split")
+    splits = np.array([split_codes.get(word, UNSET - 1) for word in words], np.int8)[splits]
+    for row in np.flatnonzero(splits < UNSET)[:1].tolist():
+        hint = f"Splits: {', '.join(SPLITS)}, or empty to have one chosen."
+        raise fail(row, f"unknown split {table.text('split')[row].as_py()!r}", hint)
 
-    groups = [group or source for group, source in zip(column("group"), sources, strict=True)]
-    first_row: dict[str, int] = {}
-    for row, (group, split) in enumerate(zip(groups, splits.tolist(), strict=True)):
-        if split != UNSET and splits[before := first_row.setdefault(group, row)] != split:
-            here, there = SPLITS[split], SPLITS[int(splits[before])]
-            what = f"group {group!r} is in {here} here but in {there} on line {lines[before]}"
-            raise fail(row, what, "One group (video, patient, speaker) belongs to one split, or the test is no test.")
-
-    starts = _seconds("start_seconds", column("start_seconds"), fail)
-    ends = _seconds("end_seconds", column("end_seconds"), fail)
-    for row in np.flatnonzero(np.isnan(starts) != np.isnan(ends)).tolist():
-        raise fail(
-            row, "only one of start_seconds and end_seconds is given", "Give both, or none for the whole source."
-        )
-    for row in np.flatnonzero(starts >= ends).tolist():
+    groups = _groups(table, sources)
+    _refuse_shared_groups(groups, splits, table)
+    bounds = []
+    for name in ("start_seconds", "end_seconds"):
+        values, wrong = table.seconds(name)
+        if wrong >= 0:
+            cell = table.text(name)[wrong].as_py()
+            raise fail(wrong, f"{name} must be a number of seconds from 0 on, got {cell!r}")
+        bounds.append(values)
+    starts, ends = bounds
+    for row in np.flatnonzero(np.isnan(starts) != np.isnan(ends))[:1].tolist():
+        hint = "Give both, or none for the whole source."
+        raise fail(row, "only one of start_seconds and end_seconds is given", hint)
+    for row in np.flatnonzero(starts >= ends)[:1].tolist():
         raise fail(row, f"start_seconds {starts[row]:g} is not before end_seconds {ends[row]:g}")
-    return Manifest(root, names, np.asarray(sources), labels, splits, np.asarray(groups), starts, ends)
+    return Manifest(root, names, sources, labels, splits, groups, starts, ends)
 
 
-def read_table(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
-    """Header, rows of as many cells, and the line each row ends on; blank lines are skipped."""
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    try:
-        # utf-8-sig: spreadsheets put a byte order mark in front.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
-            for cells in reader:
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    what = f"{len(cells)} cells, but the header has {len(header)}"
-                    raise DataError(what, where=f"{path}:{reader.line_num}", hint="Quote cells that contain a comma.")
-                rows.append(cells)
-                lines.append(reader.line_num)
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error.reason}", where=path, hint="Save it as UTF-8.") from error
-    except csv.Error as error:
-        raise DataError(f"not CSV: {error}", where=path, hint=_FORMAT_HINT) from error
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=path) from error
-    if not header:
-        raise DataError("the manifest is empty", where=path, hint=_FORMAT_HINT)
-    if not rows:
-        raise DataError("the manifest has a header but no rows", where=path)
-    return header, rows, lines
+def _coded(table: Table, name: str) -> tuple[NDArray[Any], list[str]]:
+    """(N,) codes into the different cells of a column, which are [''] where it is absent."""
+    if name not in table:
+        return np.zeros(table.rows, np.int32), [""]
+    encoded = table.text(name).dictionary_encode().combine_chunks()
+    return encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
 
 
-def _seconds(name: str, cells: list[str], fail: Callable[..., DataError]) -> NDArray[np.float64]:
-    values = np.full(len(cells), np.nan)
-    for row, cell in enumerate(cells):
-        if not cell:
-            continue
-        try:
-            value = float(cell)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and value >= 0):
-            raise fail(row, f"{name} must be a number of seconds from 0 on, got {cell!r}")
-        values[row] = value
-    return values
+def _groups(table: Table, sources: Text) -> Coded:
+    if "group" not in table:
+        return Coded.of(sources)
+    cells = table.text("group")
+    own = pc.equal(cells, "")
+    if not pc.any(own).as_py():
+        encoded = cells.dictionary_encode().combine_chunks()
+        codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int32)
+        return Coded(codes, Text.of_arrow(encoded.dictionary))
+    return Coded.of(Text.of_arrow(pc.if_else(own, table.text("source"), cells)))
 
 
-def _refuse_strays(root: Path, sources: list[str], fail: Callable[..., DataError]) -> None:
+def _refuse_shared_groups(groups: Coded, splits: NDArray[np.int8], table: Table) -> None:
+    """Raise for the first row whose group an earlier row has put into another split."""
+    rows = np.flatnonzero(splits != UNSET)
+    codes = groups.codes[rows]
+    first = np.zeros(len(groups.names), np.int64)
+    first[codes[::-1]] = rows[::-1]
+    for row in rows[splits[rows] != splits[first[codes]]][:1].tolist():
+        before = int(first[groups.codes[row]])
+        line = table.where(before).removeprefix(str(table.path)).lstrip(":").strip()
+        place = f"line {line}" if line.isdigit() else line
+        here, there = SPLITS[int(splits[row])], SPLITS[int(splits[before])]
+        what = f"group {groups[row]!r} is in {here} here but in {there} on {place}"
+        hint = "One group (video, patient, speaker) belongs to one split, or the test is no test."
+        raise DataError(what, where=table.where(row), hint=hint)
+
+
+def _refuse_strays(root: Path, sources: Text, fail: Callable[..., DataError]) -> None:
     """Raise for the first source outside of `root`, by its name or through a link.
 
     Each folder is listed once: a million calls of Path.resolve would take minutes.
     """
     hint = "Sources are relative to the manifest's folder, or to --data-dir, and may not leave it."
-    inside: dict[str, set[str]] = {}
-    for row, source in enumerate(sources):
-        folder, _, name = source.rpartition("/")
-        if source[0] in "/\\" or ":" in source or ".." in source or "\0" in source:
-            windows = PureWindowsPath(source)
-            if source[0] in "/\\" or windows.drive or ".." in windows.parts or "\0" in source:
-                raise fail(row, f"source {source!r} is outside of {root}", hint)
-        if folder not in inside:
-            place = root / folder
-            if not place.resolve().is_relative_to(root):
-                raise fail(row, f"source {source!r} is outside of {root}: a folder on its way is a link", hint)
-            inside[folder] = _stray_links(place, root)
-        if name in inside[folder]:
-            raise fail(row, f"source {source!r} is a link to a place outside of {root}", hint)
+    for row in _suspicious(sources):
+        source = sources[row]
+        windows = PureWindowsPath(source)
+        if source[0] in "/\\" or windows.drive or ".." in windows.parts or "\0" in source:
+            raise fail(row, f"source {source!r} is outside of {root}", hint)
+    tree = Tree(root)
+    strays: list[tuple[int, str]] = []
+    for folder, rows in places_of(sources).by_folder():
+        if tree.leaves(folder):
+            strays.append((int(rows[0]), "outside of {}: a folder on its way is a link"))
+            continue
+        listing = tree.listing(folder)
+        if listing is not None and listing.strays:
+            others = np.setdiff1d(rows, absent(sources, rows, listing.strays))
+            strays += [(int(row), "a link to a place outside of {}") for row in others[:1]]
+    if strays:
+        row, what = min(strays)
+        raise fail(row, f"source {sources[row]!r} is {what.format(root)}", hint)
 
 
-def _stray_links(folder: Path, root: Path) -> set[str]:
-    """Names in `folder` that are links to places outside of `root`; an absent folder has none."""
-    if not folder.is_dir():
-        return set()
-    with os.scandir(folder) as entries:
-        links = [entry.name for entry in entries if entry.is_symlink()]
-    return {name for name in links if not (folder / name).resolve().is_relative_to(root)}
+def _suspicious(sources: Text) -> list[int]:
+    """Rows whose name might lead elsewhere: few, so that each can be looked at."""
+    rows: list[int] = []
+    for start, chunk in sources.chunks():
+        odd = pc.or_(pc.starts_with(chunk, b"/"), pc.starts_with(chunk, b"\\"))
+        for mark in (b":", b"..", b"\0"):
+            odd = pc.or_(odd, pc.match_substring(chunk, mark))
+        rows += (np.flatnonzero(np.asarray(odd)) + start).tolist()
+    return rows
 
 
 def missing_rows(manifest: Manifest) -> NDArray[np.int64]:
-    """Rows whose file is absent; each folder is listed once."""
-    present: dict[str, set[str]] = {}
-    missing: list[int] = []
-    for row, source in enumerate(manifest.sources.tolist()):
-        folder, _, name = source.rpartition("/")
-        if folder not in present:
-            place = manifest.root / folder
-            present[folder] = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
-        if name not in present[folder]:
-            missing.append(row)
-    return np.asarray(missing, np.int64)
-
-
-def assign_splits(manifest: Manifest, *, val_fraction: float, test_fraction: float, seed: int) -> Manifest:
-    """Give every row a split; what is set stays, except that train lends to a val split that nobody named.
-
-    Groups stay whole. The unset groups (or, where all are set but none is val, the groups of train) are shuffled by
-    `seed` and dealt out within each label (a group's most frequent one) by the largest remainders of
-    train : val : test. Of a label with n groups the first goes to train, the second to val and the third to test
-    before the shares count; labels that a split lacks are named in `notes`. A fraction counts for nothing
-    where its split is already named. The result depends on the set of groups, not on the order of rows.
-
-    Raises DataError for fewer than two classes, for no training row, and for a training row without label.
-    """
-    if len(manifest.classes) < 2:
-        what = f"{len(manifest.classes)} class ({', '.join(manifest.classes)}), at least 2 are needed"
-        raise DataError(what, where=manifest.root)
-    splits = manifest.splits.astype(np.int64)
-    groups = np.unique(manifest.groups, return_inverse=True)[1]
-    count = int(groups.max(initial=-1)) + 1
-    # Unset rows of a group that has a split follow it.
-    group_split = np.full(count, UNSET, np.int64)
-    np.maximum.at(group_split, groups, splits)
-    named = set(np.unique(splits).tolist())
-    train, val, test = range(len(SPLITS))
-    shares = np.array([0.0, 0.0 if val in named else val_fraction, 0.0 if test in named else test_fraction])
-    free = UNSET if (group_split == UNSET).any() else train
-    pool = np.flatnonzero(group_split == free)
-    # A published table may have a group in two splits; such rows stay where they are.
-    movable = (splits == UNSET) | ((splits == free) & (group_split == free)[groups])
-    if free == train:
-        shares[test] = 0.0
-    shares[train] = 1.0 - shares.sum()
-    if shares[train] <= 0:
-        raise DataError(f"val_fraction {val_fraction:g} and test_fraction {test_fraction:g} leave nothing to train on")
-    dealt = False
-    if len(pool) and (free == UNSET or shares[val] > 0):
-        strata = _majority_labels(groups, manifest.labels, count)[pool]
-        group_split[pool] = _deal(strata, shares, np.random.default_rng(seed).permutation(len(pool)))
-        dealt = True
-    assigned = np.where(movable, group_split[groups], splits).astype(np.int8)
-    notes = _absent_classes(manifest, assigned, shares) if dealt else []
-    training = manifest.labels[assigned == train]
-    if not len(training):
-        raise DataError(
-            "no training row", where=manifest.root, hint="Set the split of some rows to train, or leave it empty."
-        )
-    if (training < 0).any():
-        raise DataError(f"{int((training < 0).sum())} training rows have no label", where=manifest.root)
-    return replace(manifest, splits=assigned, notes=(*manifest.notes, *notes))
-
-
-def _majority_labels(groups: NDArray[np.int64], labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """(count,) the most frequent label of each group, the smaller one of equals."""
-    span = int(labels.max(initial=0)) + 2
-    pairs, rows = np.unique(groups * span + labels + 1, return_counts=True)
-    order = np.lexsort((-pairs, rows))  # most rows last, so that they are written last
-    majority = np.empty(count, np.int64)
-    majority[pairs[order] // span] = pairs[order] % span - 1
-    return majority
-
-
-def _deal(strata: NDArray[np.int64], shares: NDArray[np.float64], keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(G,) split code of each group: within its stratum, in the order of `keys`, by largest remainder."""
-    order = np.lexsort((keys, strata))
-    dealt: list[NDArray[np.int64]] = []
-    wanted = np.flatnonzero(shares > 0)
-    for size in np.unique(strata, return_counts=True)[1].tolist():
-        counts = np.floor(size * shares + 1e-9).astype(np.int64)
-        remainders = size * shares - counts
-        for split in np.argsort(-remainders, kind="stable")[: size - int(counts.sum())].tolist():
-            counts[split] += 1
-        for split in wanted[:size].tolist():
-            if counts[split] == 0:
-                counts[int(counts.argmax())] -= 1
-                counts[split] = 1
-        dealt.append(np.repeat(np.arange(len(shares)), counts))
-    codes = np.empty(len(strata), np.int64)
-    codes[order] = np.concatenate(dealt)
-    return codes
-
-
-def _absent_classes(manifest: Manifest, splits: NDArray[np.int8], shares: NDArray[np.float64]) -> list[str]:
-    """Which classes have rows, but none in a split that was dealt."""
-    labeled = manifest.labels >= 0
-    place = manifest.labels[labeled] * len(SPLITS) + splits[labeled]
-    counts = np.bincount(place, minlength=len(manifest.classes) * len(SPLITS)).reshape(-1, len(SPLITS))
-    notes = []
-    for code in np.flatnonzero(shares > 0).tolist():
-        names = [manifest.classes[label] for label in np.flatnonzero((counts[:, code] == 0) & (counts.sum(axis=1) > 0))]
-        if names:
-            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            notes.append(f"no rows in the {SPLITS[code]} split, for want of groups: {shown}")
-    return notes
+    """Rows whose file is absent; each folder is listed once, and none that its parent does not have."""
+    tree = Tree(manifest.root)
+    missing: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    for folder, rows in places_of(manifest.sources).by_folder():
+        listing = tree.listing(folder)
+        missing.append(rows if listing is None else absent(manifest.sources, rows, listing.names))
+    return np.sort(np.concatenate(missing))

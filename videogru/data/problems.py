@@ -223,14 +223,12 @@ def class_problems(manifest: Manifest, *, folders: bool) -> list[Finding]:
 
 def group_problems(manifest: Manifest) -> list[Finding]:
     """Groups with rows in two splits."""
-    names, codes = np.unique(np.asarray(manifest.groups), return_inverse=True)
+    names, codes = manifest.groups.names, manifest.groups.codes
     bits = np.zeros(len(names), np.int64)
     set_ = manifest.splits >= 0
     np.bitwise_or.at(bits, codes[set_], 1 << manifest.splits[set_].astype(np.int64))
     findings = []
     for group in np.flatnonzero(bits & (bits - 1)).tolist():
         inside = " and ".join(name for code, name in enumerate(SPLITS) if bits[group] >> code & 1)
-        findings.append(
-            Finding("group in two splits", str(names[group]), f"group {str(names[group])!r} is in {inside}")
-        )
+        findings.append(Finding("group in two splits", names[group], f"group {names[group]!r} is in {inside}"))
     return findings

@@ -17,17 +17,18 @@ from videogru.errors import DataError
 CHECKS = Path("checks")
 
 
-def leave_out_bad(corpus: Corpus, data: DataConfig, *, checks: Path = CHECKS) -> tuple[Corpus, list[str]]:
-    """The corpus without the rows that the newest check of its root found bad, and what its user should know of that.
+def bad_rows(corpus: Corpus, data: DataConfig, *, checks: Path = CHECKS) -> tuple[dict[int, str], list[str]]:
+    """Reasons by row of what the newest check of the corpus's root found bad, and what its user should know of that.
 
     A row is left out where its source was bad, hung or missing and is unchanged since (bytes and time), or where its
     window lies outside of the video. A table that cannot be read, or whose check is not finished, is named and ignored.
+    Raises DataError where no training row is left.
     """
     if not data.use_check or corpus.arrays is not None:
-        return corpus, []
+        return {}, []
     found, notes = _newest(checks, corpus, data)
     if found is None:
-        return corpus, notes
+        return {}, notes
     table, summary = found
     try:
         records = read_table(table)
@@ -35,7 +36,7 @@ def leave_out_bad(corpus: Corpus, data: DataConfig, *, checks: Path = CHECKS) ->
             what = f"has {len(records)} lines, the check wrote {summary['sources']}"
             raise DataError(what, where=table)
     except DataError as error:
-        return corpus, [*notes, f"the check is ignored, check again: {error}"]
+        return {}, [*notes, f"the check is ignored, check again: {error}"]
     left_out, changed, unknown = _bad_rows(corpus, {record.source: record for record in records})
     at = f"{table}, {summary['finished']}"
     if left_out:
@@ -46,7 +47,10 @@ def leave_out_bad(corpus: Corpus, data: DataConfig, *, checks: Path = CHECKS) ->
         notes.append(f"{changed} rows that a check found bad have other files since, and are read ({at})")
     if unknown:
         notes.append(f"{unknown} of {len(corpus.manifest)} rows were not there when the data were checked ({at})")
-    return replace(corpus, left_out=left_out), notes
+    if not len(replace(corpus, left_out=left_out).training_rows("train")):
+        hint = "Mend the files, or read them all the same: --set data.use_check=false"
+        raise DataError("a check found every training row bad", where=table, hint=hint)
+    return left_out, notes
 
 
 def _newest(checks: Path, corpus: Corpus, data: DataConfig) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from videogru.config import Kind, resolve_config
+from videogru.config import DataConfig, Kind, resolve_config
 from videogru.data.frames import kind_of_name, media_files
 from videogru.data.views import Views
 from videogru.errors import ConfigError, DataError, ModelFileError
@@ -46,13 +46,13 @@ def answer(
     settings and outputs that cannot be used.
     """
     if out is not None:
-        _check_writable(out)
-    chosen = find_model(model) if model is not None else _newest_fitting(asked, say)
+        check_writable(out)
+    chosen = find_model(model) if model is not None else newest_fitting(asked, say)
     card = read_card(chosen)
     inputs = expand(asked, card.kind, say)
     files = [path for path, problem in inputs if problem is None]
-    predictor = Predictor.from_file(chosen, device=device, data=_data_settings(card, settings))
-    with _Progress(len(files), shown=progress) as tick:
+    predictor = Predictor.from_file(chosen, device=device, data=data_settings(card, settings))
+    with Progress(len(files), shown=progress) as tick:
         answered = iter(to_records(predictor.predict_paths(files, views=views, tick=tick), top_k=top_k))
     records = [next(answered) if problem is None else _failed(path, problem) for path, problem in inputs]
     if out is None:
@@ -102,7 +102,8 @@ def _matches(text: str) -> list[str]:
     return sorted(glob.glob(text, recursive=True))
 
 
-def _newest_fitting(asked: Sequence[str], say: Say) -> Path:
+def newest_fitting(asked: Sequence[str], say: Say) -> Path:
+    """The newest run whose kind is that of the first input. Raises ModelFileError where there is none."""
     kind = _first_kind(asked)
     found = newest_model(RUNS, kind)
     if found is None:
@@ -127,7 +128,8 @@ def _first_kind(asked: Sequence[str]) -> Kind | None:
     return None
 
 
-def _data_settings(card: ModelCard, settings: Mapping[str, Any]) -> Any:
+def data_settings(card: ModelCard, settings: Mapping[str, Any]) -> DataConfig:
+    """The model's way of reading with changed data.* keys. Raises ConfigError where a key cannot be changed."""
     strangers = [key for key in settings if not key.startswith("data.")]
     if strangers:
         raise ConfigError(
@@ -206,7 +208,8 @@ def _as_table(records: list[dict[str, Any]], terminal: bool) -> str:
 _FORMS = {"jsonl": _as_jsonl, "csv": _as_csv, "table": _as_table}
 
 
-def _check_writable(out: Path) -> None:
+def check_writable(out: Path) -> None:
+    """Raises ConfigError where `out` cannot be written, before the work."""
     if out.is_dir():
         raise ConfigError("--out names a folder; name a file", where=out)
     parent = out.parent
@@ -216,17 +219,17 @@ def _check_writable(out: Path) -> None:
         raise ConfigError("--out cannot be written", where=out)
 
 
-class _Progress:
+class Progress:
     """A bar on the terminal for long jobs."""
 
     def __init__(self, total: int, *, shown: bool) -> None:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        self._bar = Progress(
-            *Progress.get_default_columns()[:2],
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+        self._bar = progress.Progress(
+            *progress.Progress.get_default_columns()[:2],
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
             disable=not shown or total < 2,

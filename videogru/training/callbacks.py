@@ -1,28 +1,23 @@
-"""What happens around the optimization: scores per epoch, the best model, the saved state, a graceful stop."""
+"""What happens around the optimization: scores per epoch, the best model, early stopping, files that cannot be read."""
 
 import csv
+import io
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.callbacks import Callback
 
 from videogru.config import TrainConfig
-from videogru.errors import DataError, Interrupted
+from videogru.errors import DataError
 from videogru.training.task import SequenceTask
 
-STATE_FILE = "last.ckpt"
 BAD_FILES = "bad_files.csv"
 BY_CHECK = "check"
+_BAD_FILE_HEADER = "row,source,reason,found_by\n"
 
 
 class Scores(Callback):
@@ -44,6 +39,7 @@ class Scores(Callback):
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.seconds = 0.0
+        self.stopped = False  # early
         self._started = 0.0  # of the epoch in progress; 0 between epochs
         self._before = 0.0  # seconds of that epoch before the run was interrupted
         self._val: dict[str, float] = {}
@@ -51,12 +47,23 @@ class Scores(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know of the epochs before."""
         elapsed = self._before + (time.monotonic() - self._started if self._started else 0.0)
-        return {"history": self.history, "best": self.best, "seconds": self.seconds, "elapsed": elapsed}
+        return {
+            "history": self.history,
+            "best": self.best,
+            "seconds": self.seconds,
+            "elapsed": elapsed,
+            "stopped": self.stopped,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self.history, self.best, self.seconds = state_dict["history"], state_dict["best"], state_dict["seconds"]
-        self._before = state_dict.get("elapsed", 0.0)
+        self._before, self.stopped = state_dict.get("elapsed", 0.0), state_dict.get("stopped", False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no epoch is left to train."""
+        return self.stopped or (bool(self.history) and self.history[-1]["epoch"] + 1 >= self.config.epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of an epoch that goes on in its middle, which Lightning does not start again."""
@@ -114,17 +121,16 @@ class Scores(Callback):
         patience = self.config.early_stopping
         if patience and self.best and row["epoch"] - self.best["epoch"] >= patience:
             self.say(f"no better validation score for {patience} epochs: stopping")
-            trainer.should_stop = True
+            self.stopped = trainer.should_stop = True
 
     def _write(self) -> None:
         names = list(dict.fromkeys(name for row in self.history for name in row))
-        part = self.run / "metrics.csv.part"
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            for row in self.history:
-                writer.writerow({n: int(v) if n in ("epoch", "step") else f"{v:.6g}" for n, v in row.items()})
-        part.replace(self.run / "metrics.csv")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        for row in self.history:
+            writer.writerow({n: int(v) if n in ("epoch", "step") else f"{v:.6g}" for n, v in row.items()})
+        _replace(self.run / "metrics.csv", text.getvalue())
 
     def _line(self, row: dict[str, float], trainer: pl.Trainer) -> str:
         done, epochs = int(row["epoch"]) + 1, self.config.epochs
@@ -151,90 +157,21 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-@contextmanager
-def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Give SIGINT and SIGTERM to `handler`, and back to their own at the end; in the main thread only."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, usual in before.items():
-            signal.signal(number, usual)
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.partial")
+    part.write_text(text, encoding="utf-8", newline="")
+    part.replace(path)
 
 
-class SaveState(Checkpoint):
-    """Saves all that a resumed run needs after every epoch, and in mid-epoch when the user or the system asks to stop.
-
-    The first Ctrl-C (SIGINT) or SIGTERM ends the run after the step in progress, with its state saved; the second ends
-    it at once. A Checkpoint by type, so that Lightning calls it after all others.
-    """
-
-    def __init__(self, run: Path, *, say: Callable[[str], None]) -> None:
-        self.path, self.say = run / STATE_FILE, say
-        self.stop: int | None = None
-
-    @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Take the two signals, where this is the main thread (only there Python allows it); give them back after.
-
-        Around the trainer, not in a hook: Lightning puts back, as it ends, the handlers it found.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        with stop_signals(self._ask):
-            yield
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take SIGTERM back from Lightning, which would leave in mid-validation without saving."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.stop is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.stop = number
-        self.say("stopping after this step, then saving; once more to stop at once")
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save and leave if asked to; the last batch of an epoch is left to the end of the epoch."""
-        if self.stop is not None and not trainer.is_last_batch:
-            self._save(trainer)
-            raise Interrupted("interrupted; the state is saved", where=self.path)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save; leave if asked to."""
-        self._save(trainer)
-        if self.stop is not None:
-            raise Interrupted("interrupted; the state is saved", where=self.path)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        part = self.path.with_suffix(".part")
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            part.replace(self.path)
-
-
-def check_resumable(path: Path) -> None:
-    """Raises DataError where a saved state is damaged; opens it without running what a pickle might hold."""
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    # A cut file raises nearly anything.
-    except Exception as error:
-        # Not in torch's words, which advise to unpickle it.
-        hint = f"Start anew: videogru train --config {path.parent / 'config.yaml'}"
-        raise DataError(
-            f"the saved state is damaged or foreign ({type(error).__name__})", where=path, hint=hint
-        ) from error
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 class BadFiles:
     """Training files that could not be read: listed in bad_files.csv, counted once each, and too many stop the run.
 
-    left_out: reasons by row of those that a check found and training never opens; they are listed, but do not count.
+    writes: False in a process that leaves the file to another; it counts all the same; left_out: reasons by row of
+    those that a check found and training never opens; they are listed, but do not count.
     """
 
     def __init__(
@@ -244,22 +181,31 @@ class BadFiles:
         *,
         limit: int,
         say: Callable[[str], None],
+        writes: bool = True,
         left_out: Mapping[int, str] | None = None,
     ) -> None:
         self.path, self.sources, self.limit, self.say = run / BAD_FILES, sources, limit, say
-        self.left_out = left_out or {}
+        self.writes = writes
         self.reasons: dict[int, str] = {}
         if self.path.exists():
-            self.reasons = {row: reason for row, reason, found_by in _bad_files(self.path) if found_by != BY_CHECK}
-        elif self.left_out:
-            self._append([(row, reason, BY_CHECK) for row, reason in sorted(self.left_out.items())])
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            whole = _whole_lines(self.path)
+            if writes and whole != lines:
+                _replace(self.path, "".join(whole))
+            self.reasons = {row: reason for row, reason, found_by in _bad_files(whole) if found_by != BY_CHECK}
+        elif left_out and writes:
+            listed = [_bad_file(row, sources(row), reason, BY_CHECK) for row, reason in sorted(left_out.items())]
+            _replace(self.path, _BAD_FILE_HEADER + "".join(listed))
 
     def add(self, row: int, reason: str) -> None:
         """Note one; raises DataError when there are more than `limit`."""
         if row in self.reasons:
             return
         self.reasons[row] = reason
-        self._append([(row, reason, "training")])
+        if self.writes:
+            fresh = not self.path.exists() or not self.path.stat().st_size
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                file.write((_BAD_FILE_HEADER if fresh else "") + _bad_file(row, self.sources(row), reason, "training"))
         self.say(f"skipped, cannot be read: {reason}")
         if len(self.reasons) > self.limit:
             raise DataError(
@@ -268,24 +214,27 @@ class BadFiles:
                 hint="Mend or remove them, or raise the bound: --set data.max_bad=N",
             )
 
-    def _append(self, found: list[tuple[int, str, str]]) -> None:
-        fresh = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if fresh:
-                writer.writerow(["row", "source", "reason", "found_by"])
-            writer.writerows([row, self.sources(row), reason, found_by] for row, reason, found_by in found)
-
-
-def _bad_files(path: Path) -> list[tuple[int, str, str]]:
-    """(row, reason, found_by) of each line."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(int(line["row"]), line["reason"], line.get("found_by") or "training") for line in csv.DictReader(file)]
-
 
 def rows_left_out(run: Path) -> dict[int, str]:
     """Reasons by row of what a run leaves out: a resumed one must not read other rows than it began with."""
     path = run / BAD_FILES
     if not path.exists():
         return {}
-    return {row: reason for row, reason, found_by in _bad_files(path) if found_by == BY_CHECK}
+    return {row: reason for row, reason, found_by in _bad_files(_whole_lines(path)) if found_by == BY_CHECK}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """A line without an end was being written when the run was killed; its file will be met again."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
+
+
+def _bad_file(row: int, source: str, reason: str, found_by: str) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow([row, _one_line(source), _one_line(reason), found_by])
+    return line.getvalue()
+
+
+def _bad_files(lines: list[str]) -> list[tuple[int, str, str]]:
+    """(row, reason, found_by) of each line."""
+    return [(int(line["row"]), line["reason"], line.get("found_by") or "training") for line in csv.DictReader(lines)]
