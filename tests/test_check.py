@@ -254,11 +254,12 @@ def test_it_goes_on_where_it_was_ended(place: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_killed_halfway(place: Path) -> None:
+def test_killed_halfway(place: Path, repository: Path) -> None:
     for number in range(200):
         write_video(place / "clips/a" / f"more{number}.mp4", bright=True, seed=number + 1000, frames=40)
     command = [sys.executable, "-m", "videogru", "data", "check", "clips/"]
-    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    here = os.environ | {"PYTHONPATH": str(repository)}
+    running = subprocess.Popen(command, env=here, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     records = Path("checks/clips/records.jsonl")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (records.exists() and records.read_bytes().count(b"\n") > 20):

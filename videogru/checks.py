@@ -187,7 +187,9 @@ def _next(checked: Checked, status: Counter[str]) -> list[str]:
     if "leak" in kinds:
         advice.append("leaks: remove one of each pair, or give both the same group in the manifest")
     if kinds & {"label typo", "label", "row", "window", "group in two splits", "conflict"}:
-        advice.append("rows and labels: correct them in the manifest")
+        advice.append("rows and labels: correct them, in the manifest or by the folder that a file lies in")
+    if "empty class" in kinds:
+        advice.append("empty classes: fill or remove the folders")
     return ["next:"] + [f"  {line}" for line in advice] + [f"  then again: {_again(checked)}"]
 
 
