@@ -87,7 +87,7 @@ def open_for_check(data: DataConfig, *, seed: int) -> Opened:
     path = _manifest_path(data)
     findings: list[Finding] = []
     try:
-        corpus = _opened(data, seed, findings)
+        corpus = _opened(data, seed, findings, data.dataset)
     except DataError:
         if path is None:
             raise
@@ -99,7 +99,7 @@ def open_for_check(data: DataConfig, *, seed: int) -> Opened:
             if not findings:
                 raise
             named = data.model_copy(update={"dataset": str(good), "data_dir": root})
-            corpus = replace(_opened(named, seed, findings), name=data.dataset if classes else path.stem)
+            corpus = replace(_opened(named, seed, findings, data.dataset), name=data.dataset if classes else path.stem)
     folders = path is None and corpus.card is None
     findings += class_problems(corpus.manifest, folders=folders)
     findings += group_problems(corpus.manifest)
@@ -116,13 +116,13 @@ def _manifest_path(data: DataConfig) -> Path | None:
     return path if path.suffix.lower() == ".csv" and path.is_file() else None
 
 
-def _opened(data: DataConfig, seed: int, findings: list[Finding]) -> Corpus:
+def _opened(data: DataConfig, seed: int, findings: list[Finding], name: str) -> Corpus:
     """With the splits that training draws, where it would train on it."""
     try:
         return open_corpus(data, seed=seed, empty_classes=True)
     except DataError as error:
         corpus = open_corpus(data, seed=seed, for_training=False, empty_classes=True)
-        findings.append(Finding("training", corpus.name, f"training would refuse it: {error.what}"))
+        findings.append(Finding("training", name, f"training would refuse it: {error.what}"))
         return corpus
 
 
