@@ -23,9 +23,9 @@ def test_bad_files_are_listed_once_and_too_many_stop_the_run(tmp_path: Path) -> 
         bad.add(7, "gone")
     lines = (tmp_path / "bad_files.csv").read_text().splitlines()
     assert lines == [
-        "row,source,reason",
-        "3,clip-3.mp4,cut short",
-        '5,clip-5.mp4,"empty, and with a comma"',
-        "7,clip-7.mp4,gone",
+        "row,source,reason,found_by",
+        "3,clip-3.mp4,cut short,training",
+        '5,clip-5.mp4,"empty, and with a comma",training',
+        "7,clip-7.mp4,gone,training",
     ]
     assert len(said) == 3

@@ -47,6 +47,7 @@ def test_flags_grow_only_on_purpose() -> None:
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
         "data list": [],
         "data info": ["name_or_folder", "--data-dir", "--set"],
+        "data check": ["name_or_folder", "--data-dir", "--out", "--set"],
     }
 
 
@@ -63,7 +64,9 @@ def test_help_is_light() -> None:
     assert finished.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", [["train"], ["eval"], ["infer"], ["data", "list"], ["data", "info"]])
+@pytest.mark.parametrize(
+    "command", [["train"], ["eval"], ["infer"], ["data", "list"], ["data", "info"], ["data", "check"]]
+)
 def test_every_command_shows_examples(typed, command: list[str]) -> None:
     code, out, _ = typed(*command, "--help")
     assert code == 0
@@ -101,6 +104,9 @@ def test_version(typed) -> None:
         (["infer", "scan.nii.gz", "--model", "absent.safetensors"], ["absent.safetensors"]),
         (["infer", "scan.nii.gz", "--out", "no/such/folder.csv"], ["no/such"]),
         (["data", "info", "cifar10"], ["cifar100"]),
+        (["data", "check", "cifar10"], ["cifar100"]),
+        (["data", "check", "."], ["class"]),
+        (["data", "check", "grid_digits", "--set", "data.decode_timeout_seconds=-1"], ["decode_timeout_seconds"]),
     ],
 )
 def test_mistakes_end_with_2_and_one_message(typed, arguments: list[str], words: list[str]) -> None:

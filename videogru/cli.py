@@ -342,6 +342,31 @@ def data_info(
     _print_facts(facts)
 
 
+@data_app.command(
+    name="check",
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru data check grid_digits\n\n"
+    "videogru data check clips/\n\n"
+    "videogru data check table.csv --data-dir ~/data/clips --out checks/clips --set train.num_workers=4",
+)
+def data_check(
+    name_or_folder: Annotated[str, typer.Argument(help="Name of a data set, folder of classes, or manifest .csv.")],
+    data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default: checks/<data set>.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Decode everything; find what cannot be read, copies across splits, and mistakes in the table. Can be resumed."""
+    from videogru import checks
+
+    checked = checks.check_data(name_or_folder, data_dir, set_ or [], out, progress=sys.stderr.isatty(), say=_say)
+    for line in checks.summary_lines(checked):
+        print(line)
+    if checked.bad:
+        raise typer.Exit(3)
+
+
 def _print_facts(facts: dict[str, Any], indent: int = 0) -> None:
     width = max((len(str(key)) for key in facts), default=0)
     for key, value in facts.items():

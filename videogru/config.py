@@ -102,6 +102,9 @@ class DataConfig(Settings):
     split_seed: int = Field(
         0, ge=0, description="of the splits that are drawn; apart from train.seed, so that seeds share them"
     )
+    use_check: bool = Field(
+        True, description="training leaves out what the newest `videogru data check` of this data set found unreadable"
+    )
     max_bad: int = Field(100, ge=0, description="unreadable training files that are skipped before the run stops")
     augment: AugmentConfig = AugmentConfig()
 

@@ -23,7 +23,7 @@ def new_run(name: str, out: Path | None) -> Path:
                 )
             out.mkdir(parents=True, exist_ok=True)
             return out
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem or Path(name).name).strip("-") or "run"
+        stem = folder_stem(name)
         runs = Path("runs")
         runs.mkdir(exist_ok=True)
         taken = [int(m[1]) for p in runs.iterdir() if (m := re.fullmatch(re.escape(stem) + r"-(\d{4,})", p.name))]
@@ -37,6 +37,11 @@ def new_run(name: str, out: Path | None) -> Path:
                 number += 1
     except OSError as error:
         raise ConfigError(f"the run folder cannot be made: {error}", where=out or "runs") from error
+
+
+def folder_stem(name: str) -> str:
+    """A data set's name or path as the beginning of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem or Path(name).name).strip("-") or "run"
 
 
 def run_config(run: Path) -> Config:

@@ -28,6 +28,7 @@ from videogru.data.card import load_card
 from videogru.data.dataset import ClipDataset
 from videogru.data.describe import describe_corpus
 from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.skipping import bad_rows
 from videogru.data.video import check_decoder
 from videogru.data.views import ONE_VIEW, Views, check_views
 from videogru.errors import ConfigError, DataError, ModelFileError
@@ -39,6 +40,7 @@ from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
 from videogru.runfolder import begun_run, check_names, check_splits, remove_unfinished, run_config
+from videogru.training.callbacks import rows_left_out
 from videogru.training.fit import Trained, fit, trainable_classifier
 from videogru.training.processes import Group, check_gpus, is_started, joined, this_group
 from videogru.training.state import STATE_FILE
@@ -99,7 +101,9 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
         say = say if group.is_first else _silent
         config, corpus = group.agreed(lambda: _prepared(config, group))
         _check_same_rows(corpus, group)
-        for note in corpus.notes:
+        left_out, told = group.by_first(lambda: bad_rows(corpus, config.data))
+        corpus = replace(corpus, left_out=left_out)
+        for note in (*corpus.notes, *told):
             say(f"note: {note}")
         run = group.by_first(lambda: begun_run(config, corpus, out))
         counts = ", ".join(f"{len(corpus.manifest.rows(split))} {split}" for split in SPLITS)
@@ -119,6 +123,7 @@ def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
         corpus = group.agreed(lambda: open_corpus(config.data, seed=config.data.split_seed))
         _check_same_rows(corpus, group)
         group.by_first(lambda: check_splits(corpus, run))
+        corpus = replace(corpus, left_out=group.by_first(lambda: rows_left_out(run)))
         saved = group.by_first((run / STATE_FILE).is_file)
         if group.is_first:
             remove_unfinished(run)

@@ -35,7 +35,7 @@ class CorpusModule(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         batches = EpochBatches(
-            self.corpus.manifest.rows("train"),
+            self.corpus.training_rows("train"),
             batch_size=self.config.train.batch_size,
             seed=self.config.train.seed,
             # Not current_epoch: where a run goes on from the end of an epoch, it still is that one as readers begin.
@@ -52,7 +52,7 @@ class CorpusModule(pl.LightningDataModule):
         """All validation rows in order, the process's share of them; none where there is no validation split."""
         trainer = self.trainer
         assert trainer is not None
-        rows: NDArray[np.int64] = self.corpus.manifest.rows("val")
+        rows: NDArray[np.int64] = self.corpus.training_rows("val")
         if not len(rows):
             return []
         rows = rows[trainer.global_rank :: trainer.world_size]

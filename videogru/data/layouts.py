@@ -2,15 +2,15 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from videogru.config import SPLITS, DataConfig, Kind
+from videogru.config import SPLITS, DataConfig, Kind, Split
 from videogru.data.card import Card, load_card
 from videogru.data.columns import Coded, hand_over
 from videogru.data.folders import first_of_each_suffix
@@ -31,7 +31,8 @@ class Corpus:
     """A data set ready for reading: every row of the manifest has a split.
 
     arrays: (N T C H W) uint8, aligned with the manifest's rows, where the set is one of arrays; its sources then only
-    name the rows. missing: files that the data set names but that are absent; notes: what its user should know.
+    name the rows. missing: files that the data set names but that are absent; notes: what its user should know;
+    left_out: reasons by row, of those that a check found bad and training leaves out.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Corpus:
     card: Card | None
     missing: int
     notes: tuple[str, ...]
+    left_out: Mapping[int, str] = field(default_factory=dict)
+
+    def training_rows(self, split: Split) -> NDArray[np.int64]:
+        """Indices of the rows of a split that are read in training: all but those left out."""
+        rows = self.manifest.rows(split)
+        return rows[~np.isin(rows, np.fromiter(self.left_out, np.int64))] if self.left_out else rows
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"arrays": None if self.arrays is None else hand_over(self.arrays)}
@@ -51,11 +58,12 @@ class Corpus:
         return f"Corpus({self.name}: {self.kind}, {self.manifest!r}{shape}, missing={self.missing})"
 
 
-def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True) -> Corpus:
+def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True, empty_classes: bool = False) -> Corpus:
     """Open data.dataset: a card's name, a folder with a subfolder per class, or a manifest .csv, .parquet or .arrow.
 
     Unset splits are drawn by `assign_splits` from data.val_fraction, data.test_fraction and `seed`. Without
     `for_training`, a set without any split is all test, and one whose splits are all set may lack training rows.
+    empty_classes: class folders may be empty.
     A manifest keeps rows whose file is absent (reading them fails, row by row); Kinetics drops them, as clips vanish
     from their publisher; both count them.
     Raises ConfigError for an unknown name, DataError for data that are absent, damaged or contradict themselves.
@@ -69,7 +77,7 @@ def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True) -
     if path.is_dir() and name not in card_names():
         if data.data_dir is not None:
             raise ConfigError(f"--data-dir goes with a card or a manifest, but {name} is a folder")
-        corpus = _open_class_folders(path, data)
+        corpus = _open_class_folders(path, data, empty_classes)
     elif path.suffix.lower() in TABLE_SUFFIXES:
         corpus = _from_manifest(path.stem, read_manifest(path, root=data.data_dir), None)
     elif path.is_file():
@@ -137,7 +145,7 @@ def _is_folder_name(path: Path) -> bool:
 # Folders as labels ----------------------------------------------------------------------------------------------
 
 
-def _open_class_folders(root: Path, data: DataConfig) -> Corpus:
+def _open_class_folders(root: Path, data: DataConfig, empty_classes: bool) -> Corpus:
     """root/<class>/... or root/<train|val|test>/<class>/...; hidden files are ignored, other suffixes are counted.
 
     Images in a class folder are stills. A folder in a class folder that holds numbered images is one video; where there
@@ -186,7 +194,7 @@ def _open_class_folders(root: Path, data: DataConfig) -> Corpus:
     kind = _one_kind(sources, root)
     present = set(labels)
     empty = [name for code, name in enumerate(classes) if code not in present]
-    if empty:
+    if empty and not empty_classes:
         raise DataError(f"no files of class {', '.join(empty)}", where=root, hint="Remove the empty folders.")
     return Corpus(
         root.name,

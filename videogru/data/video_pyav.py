@@ -77,7 +77,7 @@ class PyavVideo:
         self._keys: list[_Key] = []
         self._reached = -1
         try:
-            self._guard(self._index)
+            self.guard(self._index)
         except SourceError:
             self.close()
             raise
@@ -98,7 +98,7 @@ class PyavVideo:
                 where=self.path,
                 hint="Lower data.num_frames, or make the video smaller first.",
             )
-        frames = self._guard(lambda: self._read(chosen))
+        frames = self.guard(lambda: self._read(chosen))
         clip = torch.empty((len(frames), 3, *frames[0].shape[:2]), dtype=torch.uint8)
         for step, frame in enumerate(frames):
             clip[step] = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
@@ -118,7 +118,8 @@ class PyavVideo:
     ) -> None:
         self.close()
 
-    def _guard(self, action: Callable[[], Result]) -> Result:
+    def guard(self, action: Callable[[], Result]) -> Result:
+        """The result of `action`; whatever it raises becomes a SourceError."""
         try:
             return action()
         except SourceError:
@@ -252,7 +253,7 @@ class PyavVideo:
             order = -1
             for order, frame in enumerate(self._frames_in_order()):
                 if order == chosen[len(found)]:
-                    found.append(self._upright(frame))
+                    found.append(self.upright(frame))
                     if len(found) == len(chosen):
                         return found
             raise self._truncated(chosen[len(found)], len(self.positions), order + 1)
@@ -275,7 +276,7 @@ class PyavVideo:
             frame = next((frame for frame in frames if frame.pts >= pts), None)
             if frame is None or frame.pts != pts:
                 raise _BrokenPromise
-            found.append(self._upright(frame))
+            found.append(self.upright(frame))
         return found
 
     def _key_before(self, pts: int, place: int) -> _Key | None:
@@ -339,7 +340,7 @@ class PyavVideo:
         duration = 0
         for order, frame in enumerate(self._frames_in_order()):
             if order in wanted_orders or frame.pts in wanted_pts:
-                found[order] = self._upright(frame)
+                found[order] = self.upright(frame)
             stamps.append(frame.pts)
             duration = frame.duration or 0
         if not stamps:
@@ -358,11 +359,15 @@ class PyavVideo:
         self._publish(positions, duration)
         return found, stamps
 
+    def packets(self) -> Iterator[Any]:
+        """All packets of the stream from a fresh start, for who decodes the whole of it."""
+        self._open()
+        yield from self._container.demux(self._stream)
+
     def _frames_in_order(self) -> Iterator[Any]:
         """All frames that can be decoded, in order of time, from a fresh start; counts the damaged in `details`."""
-        self._open()
         damaged = 0
-        for packet in self._container.demux(self._stream):
+        for packet in self.packets():
             try:
                 frames = packet.decode()
             except FFmpegError:
@@ -382,7 +387,8 @@ class PyavVideo:
             hint="The file is damaged or cut off; `ffmpeg -i INPUT OUTPUT.mp4` keeps what can be saved.",
         )
 
-    def _upright(self, frame: Any) -> NDArray[np.uint8]:
+    def upright(self, frame: Any) -> NDArray[np.uint8]:
+        """A decoded frame as RGB (H W 3) of the first frame's size, turned as the file asks for."""
         width, height = self._stored_size
         # A stream may change its size midway; like FFmpeg, keep the first.
         rgb: Any = self._reformatter.reformat(frame, width=width, height=height, format="rgb24")

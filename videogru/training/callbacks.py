@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from pytorch_lightning.callbacks import Callback
 from videogru.config import TrainConfig
 from videogru.errors import DataError
 from videogru.training.task import SequenceTask
+
+BAD_FILES = "bad_files.csv"
+BY_CHECK = "check"
+_BAD_FILE_HEADER = "row,source,reason,found_by\n"
 
 
 class Scores(Callback):
@@ -98,7 +102,7 @@ class Scores(Callback):
         if "train_loss" not in row:
             raise DataError(
                 "not one training clip could be read",
-                where=self.run / "bad_files.csv",
+                where=self.run / BAD_FILES,
                 hint="The reasons stand in this file; mend the files or the manifest.",
             )
         if not math.isfinite(row["train_loss"]):
@@ -166,22 +170,32 @@ def _one_line(text: str) -> str:
 class BadFiles:
     """Training files that could not be read: listed in bad_files.csv, counted once each, and too many stop the run.
 
-    writes: False in a process that leaves the file to another; it counts all the same.
+    writes: False in a process that leaves the file to another; it counts all the same; left_out: reasons by row of
+    those that a check found and training never opens; they are listed, but do not count.
     """
 
     def __init__(
-        self, run: Path, sources: Callable[[int], str], *, limit: int, say: Callable[[str], None], writes: bool = True
+        self,
+        run: Path,
+        sources: Callable[[int], str],
+        *,
+        limit: int,
+        say: Callable[[str], None],
+        writes: bool = True,
+        left_out: Mapping[int, str] | None = None,
     ) -> None:
-        self.path, self.sources, self.limit, self.say = run / "bad_files.csv", sources, limit, say
+        self.path, self.sources, self.limit, self.say = run / BAD_FILES, sources, limit, say
         self.writes = writes
         self.reasons: dict[int, str] = {}
         if self.path.exists():
-            # A line without an end was being written when the run was killed; its file will be met again.
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
+            whole = _whole_lines(self.path)
             if writes and whole != lines:
                 _replace(self.path, "".join(whole))
-            self.reasons = {int(line["row"]): line["reason"] for line in csv.DictReader(whole)}
+            self.reasons = {row: reason for row, reason, found_by in _bad_files(whole) if found_by != BY_CHECK}
+        elif left_out and writes:
+            listed = [_bad_file(row, sources(row), reason, BY_CHECK) for row, reason in sorted(left_out.items())]
+            _replace(self.path, _BAD_FILE_HEADER + "".join(listed))
 
     def add(self, row: int, reason: str) -> None:
         """Note one; raises DataError when there are more than `limit`."""
@@ -191,10 +205,7 @@ class BadFiles:
         if self.writes:
             fresh = not self.path.exists() or not self.path.stat().st_size
             with self.path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                if fresh:
-                    writer.writerow(["row", "source", "reason"])
-                writer.writerow([row, _one_line(self.sources(row)), _one_line(reason)])
+                file.write((_BAD_FILE_HEADER if fresh else "") + _bad_file(row, self.sources(row), reason, "training"))
         self.say(f"skipped, cannot be read: {reason}")
         if len(self.reasons) > self.limit:
             raise DataError(
@@ -202,3 +213,28 @@ class BadFiles:
                 where=self.path,
                 hint="Mend or remove them, or raise the bound: --set data.max_bad=N",
             )
+
+
+def rows_left_out(run: Path) -> dict[int, str]:
+    """Reasons by row of what a run leaves out: a resumed one must not read other rows than it began with."""
+    path = run / BAD_FILES
+    if not path.exists():
+        return {}
+    return {row: reason for row, reason, found_by in _bad_files(_whole_lines(path)) if found_by == BY_CHECK}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """A line without an end was being written when the run was killed; its file will be met again."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
+
+
+def _bad_file(row: int, source: str, reason: str, found_by: str) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow([row, _one_line(source), _one_line(reason), found_by])
+    return line.getvalue()
+
+
+def _bad_files(lines: list[str]) -> list[tuple[int, str, str]]:
+    """(row, reason, found_by) of each line."""
+    return [(int(line["row"]), line["reason"], line.get("found_by") or "training") for line in csv.DictReader(lines)]

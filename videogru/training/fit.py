@@ -75,7 +75,7 @@ def trainable_classifier(config: Config, corpus: Corpus, *, processes: int = 1) 
     the machine.
     """
     train = config.train
-    rows = len(corpus.manifest.rows("train"))
+    rows = len(corpus.training_rows("train"))
     if not rows:
         raise DataError("no training rows", where=corpus.name)
     if rows < processes:
@@ -84,7 +84,7 @@ def trainable_classifier(config: Config, corpus: Corpus, *, processes: int = 1) 
             where="train.devices, train.nodes",
             hint="Train with fewer: --devices 1",
         )
-    if train.early_stopping and not len(corpus.manifest.rows("val")):
+    if train.early_stopping and not len(corpus.training_rows("val")):
         raise ConfigError(
             "train.early_stopping needs validation rows, and there are none",
             hint="Hold some out: --set data.val_fraction=0.1",
@@ -121,7 +121,7 @@ def fit(
     raises.
     """
     train = config.train
-    rows = corpus.manifest.rows("train")
+    rows = corpus.training_rows("train")
     random.seed(train.seed)
     np.random.seed(train.seed % 2**32)
     classifier = group.agreed(lambda: trainable_classifier(config, corpus, processes=group.world))
@@ -134,7 +134,8 @@ def fit(
     steps = len(EpochBatches(rows, batch_size=train.batch_size, seed=0, epoch=lambda: 0, world=group.world))
     sources = corpus.manifest.sources
     limit = config.data.max_bad
-    bad = BadFiles(run, lambda row: str(sources[row]), limit=limit, say=say, writes=group.is_first)
+    left_out, writes = corpus.left_out, group.is_first
+    bad = BadFiles(run, lambda row: str(sources[row]), limit=limit, say=say, writes=writes, left_out=left_out)
     bad.reasons = group.by_first(lambda: bad.reasons)
     counts = np.bincount(corpus.manifest.labels[rows], minlength=len(corpus.classes)).tolist()
     task = SequenceTask(
@@ -207,7 +208,7 @@ def _optimize(
             enable_progress_bar=progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            limit_val_batches=1.0 if len(corpus.manifest.rows("val")) else 0,
+            limit_val_batches=1.0 if len(corpus.training_rows("val")) else 0,
             use_distributed_sampler=False,
             log_every_n_steps=1,
             default_root_dir=run,
@@ -243,7 +244,7 @@ def _facts(config: Config, corpus: Corpus, group: Group) -> dict[str, Any]:
         "processes": group.world,
         "batch size": config.train.batch_size,
         "seed": config.train.seed,
-        "training rows": len(corpus.manifest.rows("train")),
+        "training rows": len(corpus.training_rows("train")),
         "model settings": config.model.model_dump_json(exclude={"weights"}),
         "classes": list(corpus.classes),
     }
@@ -268,7 +269,7 @@ def _card(classifier: Classifier, config: Config, corpus: Corpus, scores: dict[s
 
 def _window_seconds(corpus: Corpus) -> tuple[float, ...]:
     """10th, 50th and 90th percentile of the lengths of the training windows; none for whole sources."""
-    rows = corpus.manifest.rows("train")
+    rows = corpus.training_rows("train")
     lengths = corpus.manifest.end_seconds[rows] - corpus.manifest.start_seconds[rows]
     lengths = lengths[np.isfinite(lengths)]
     if not len(lengths):
