@@ -20,8 +20,8 @@ WAYS = {
     "segfault": lambda: ctypes.string_at(0),
     "leave": lambda: os._exit(7),
 }
-REASONS = {"hang": "longer than 0.3 s", "segfault": "signal 11", "leave": "exit code 7"}
-WATCHED = ("--set", "data.decode_timeout_seconds=0.3", "--set", "data.frame_size=32", "--set", "data.num_frames=4")
+REASONS = {"hang": "longer than 1 s", "segfault": "signal 11", "leave": "exit code 7"}
+WATCHED = ("--set", "data.decode_timeout_seconds=1", "--set", "data.frame_size=32", "--set", "data.num_frames=4")
 
 
 @pytest.fixture

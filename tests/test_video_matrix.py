@@ -136,7 +136,7 @@ def test_edit_lists_of_several_parts(tmp_path: Path, parts: list[tuple[float, fl
 
 
 MADE_HERE = {
-    "av1": ("a.mp4", "libsvtav1", "yuv420p", {"preset": "10", "crf": "30", "g": "12", "svtav1-params": "lp=1"}),
+    "av1": ("a.mp4", "libsvtav1", "yuv420p", {"preset": "8", "g": "12", "svtav1-params": "lp=1:rc=0:qp=20"}),
     "hevc, 10 bits": ("a.mkv", "libx265", "yuv420p10le", {"x265-params": "log-level=none:keyint=8:bframes=3"}),
     "4:4:4, odd size": ("a.mp4", "libx264", "yuv444p", {"g": "12", "bf": "2"}),
     "fragmented": ("a.mp4", "libx264", "yuv420p", {"g": "12", "bf": "2"}),

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,31 +101,29 @@ def _peak_mib() -> float:
 def compare(path: Path, frames: NDArray[np.uint8], times: NDArray[np.float64], orders: NDArray[np.int64]) -> str:
     """Compare frames (T 3 H W) with a decode from the start: by time stamp, or by order where stamps are no help.
 
-    A frame is the same where it equals the one of its stamp in one of the eight orientations. It is "concealed" where
-    it is at least nearest to that one: a decoder that patches damage does it with what it decoded before, which is less
-    after a seek. Anything else "differs".
+    "same": each equals the one of its stamp in one of the eight orientations. "undefined": the decode from the start
+    gives other pixels itself when buffers are reused in another order, since the decoder leaves some of a damaged frame
+    as they were. "concealed": nearest to the one of its stamp; decoders patch damage with what they decoded before,
+    which is less after a seek. "differs" and "unknown stamp" are wrong frames.
     """
     truth, stamps = plain_decode(path)
     known = [stamp for stamp in stamps if stamp is not None]
     by_time = len(known) == len(stamps) and all(a < b for a, b in itertools.pairwise(known))
-    worst = "same"
+    found = {"same"}
+    others: list[list[NDArray[np.uint8]]] = []
     for frame, seconds, order in zip(frames, times, orders, strict=True):
-        if by_time:
-            place = int(np.argmin(np.abs(np.array(known) - seconds)))
-            if abs(known[place] - seconds) > 1e-6:
-                return "unknown stamp"
-        elif order >= len(truth):
+        place = int(np.argmin(np.abs(np.array(known) - seconds))) if by_time else int(order)
+        if place >= len(truth) or (by_time and abs(known[place] - seconds) > 1e-6):
             return "unknown stamp"
-        else:
-            place = int(order)
-        turns = [turned for turned in _orientations(truth[place]) if turned.shape == frame.shape]
-        if any(np.array_equal(frame, turned) for turned in turns):
+        if any(np.array_equal(frame, turned) for turned in _orientations(truth[place])):
+            continue
+        others = others or [plain_decode(path, held=held)[0] for held in (1, 2, 3, 10_000)]
+        if any(not np.array_equal(truth[place], other[place]) for other in others):
+            found.add("undefined")
             continue
         gaps = [min(_gap(frame, turned) for turned in _orientations(other)) for other in truth]
-        if gaps[place] > min(gaps):
-            return "differs"
-        worst = "concealed"
-    return worst
+        found.add("differs" if gaps[place] > min(gaps) else "concealed")
+    return next(match for match in ("differs", "concealed", "undefined", "same") if match in found)
 
 
 def _orientations(frame: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
@@ -141,8 +139,12 @@ def _gap(frame: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     return float(np.abs(frame[:, ::2, ::2].astype(np.int16) - other[:, ::2, ::2]).mean())
 
 
-def plain_decode(path: Path) -> tuple[list[NDArray[np.uint8]], list[float | None]]:
-    """All sound frames (3 H W) of the best stream in the size of the first, and their seconds; nothing is sought."""
+def plain_decode(path: Path, *, held: int = 0) -> tuple[list[NDArray[np.uint8]], list[float | None]]:
+    """All sound frames (3 H W) of the best stream in the size of the first, and their seconds; nothing is sought.
+
+    held: frames whose buffers are kept from being reused.
+    """
+    kept: deque[Any] = deque(maxlen=held)
     frames: list[NDArray[np.uint8]] = []
     stamps: list[float | None] = []
     with av.open(str(path), metadata_errors="replace") as container:
@@ -155,6 +157,7 @@ def plain_decode(path: Path) -> tuple[list[NDArray[np.uint8]], list[float | None
             except av.FFmpegError:
                 continue
             for frame in decoded:
+                kept.append(frame)
                 if frame.is_corrupt:
                     continue
                 size = size or (frame.width, frame.height)
@@ -253,8 +256,8 @@ def summarize(findings: list[Finding]) -> dict[str, Any]:
     """Counts, the largest figures, and every finding that is no frames and no reasoned refusal."""
     bad = [
         finding for finding in findings
-        if finding.outcome == "died" or finding.match not in ("", "same", "concealed") or finding.peak_mib > MOST_MIB
-        or (finding.outcome == "refused" and not finding.reason)
+        if finding.outcome == "died" or finding.match in ("differs", "unknown stamp")
+        or finding.peak_mib > MOST_MIB or (finding.outcome == "refused" and not finding.reason)
     ]  # fmt: skip
     plain = [re.sub(r"\d+", "N", finding.reason) for finding in findings if finding.reason]
     by = {"base": Counter[str](), "mutation": Counter[str]()}
@@ -285,8 +288,9 @@ def to_markdown(facts: dict[str, object], summary: dict[str, Any], commands: dic
         f"by the default reader in a watched process: {outcomes.get('frames', 0):,} gave frames, "
         f"{outcomes.get('refused', 0):,} were refused with a reason, {outcomes.get('died', 0)} hung or killed their "
         f"process. Of those with frames, {matches.get('same', 0):,} gave exactly what a plain decode from the start "
-        f"gives for the same time stamps; {matches.get('concealed', 0)} gave the frames of those times, with damage "
-        f"patched otherwise by the decoder; {wrong} gave wrong ones. "
+        f"gives for the same time stamps, {matches.get('concealed', 0)} gave the frames of those times with damage "
+        f"patched otherwise by the decoder, {matches.get('undefined', 0)} such frames whose pixels the decoder leaves "
+        f"undefined (a plain decode does not repeat itself either), {wrong} gave wrong ones. "
         f"Longest: {summary['most_seconds']:.1f} s; most memory above the process's own: "
         f"{summary['most_peak_mib']:.0f} MiB.",
         "",

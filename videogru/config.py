@@ -88,6 +88,9 @@ class DataConfig(Settings):
     )
     cache_dir: Path | None = Field(None, description="where; default: frame-cache/ beside the data sets")
     cache_gib: float = Field(50.0, gt=0, description="of disk that the folder may fill; then no more is added")
+    folder_fps: float = Field(
+        25.0, gt=0, le=100_000, description="frames per second of a folder of numbered images, which have no times"
+    )
     axis: Literal["axial", "coronal", "sagittal"] = Field("axial", description="axis along which a volume is unrolled")
     intensity: Literal["percentile", "window"] = Field("percentile", description="how volume intensities map to 0..1")
     percentile_low: float = Field(0.5, ge=0, le=100)

@@ -53,6 +53,7 @@ _HEAD = struct.Struct("<8sIQQ")  # magic, CRC-32 of JSON and tables, bytes of JS
 _ROW_BYTES = 8 + 8 + 4  # of the three tables
 _BLOCK_BYTES = 256 * 2**20  # decoded at a time
 _STALE_SECONDS = 3600.0  # after which an unfinished entry belongs to a process that was killed
+_SETTINGS = ("cache", "decoder", "frame_size", "fit", "channels", "folder_fps")  # that shape the frames
 _PARTS = ("av", "torch", "pillow")
 
 
@@ -70,7 +71,7 @@ class FrameCache:
         self.folder = cache_folder(data)
         self.limit_bytes = int(data.cache_gib * 2**30)
         parts = [*_PARTS, data.decoder] if data.decoder in ("decord", "torchcodec") else _PARTS
-        how = (data.cache, data.decoder, data.frame_size, data.fit, data.channels, JPEG_QUALITY, _MAGIC.decode())
+        how = [getattr(data, name) for name in _SETTINGS] + [JPEG_QUALITY, _MAGIC.decode()]
         self._how = json.dumps([*how, *(version(part) for part in parts)])
         self._refused: set[str] = set()
         self._full = self._counted = False

@@ -22,13 +22,14 @@ _MANY_SUFFIXES = 10_000
 
 
 class Listing(NamedTuple):
-    """What a folder holds: all names, and those of links to places outside of the root."""
+    """What a folder holds: all names, those of links to places outside of the root, and those of other folders."""
 
     names: set[str]
     strays: set[str]
+    folders: set[str]
 
 
-_ANYTHING = Listing(set(), set())  # stands above the root, which need not be listed to be there
+_ANYTHING = Listing(set(), set(), set())  # stands above the root, which need not be listed to be there
 
 
 class Tree:
@@ -47,18 +48,21 @@ class Tree:
         if above is not _ANYTHING and (above is None or folder.rpartition("/")[2] not in above.names):
             return None
         place = self.root / folder
-        names, links = set(), []
+        names, links, folders = set(), [], set()
         try:
             with os.scandir(place) as entries:
                 for entry in entries:
                     names.add(entry.name)
                     if entry.is_symlink():
                         links.append(entry.name)
+                    elif entry.is_dir():
+                        folders.add(entry.name)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise DataError(f"cannot be listed: {error.strerror}", where=place) from error
-        return Listing(names, {name for name in links if not (place / name).resolve().is_relative_to(self.root)})
+        strays = {name for name in links if not (place / name).resolve().is_relative_to(self.root)}
+        return Listing(names, strays, folders | {name for name in links if (place / name).is_dir()} - strays)
 
     def leaves(self, folder: str) -> bool:
         """A link on the way to `folder` leads out of the root."""

@@ -2,10 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,20 +23,64 @@ SUFFIXES: dict[Kind, frozenset[str]] = {
     "volume": frozenset({".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz", ".mgh", ".mgz", ".mgh.gz"}),
     "image": frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}),
 }
+_MAX_DIGITS = 18  # of an int64
 _KIND_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 
 
 def kind_of_name(name: str) -> Kind | None:
     """The kind a file name's suffix stands for, None for an unknown one."""
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes[-2:]]
-    compressed = suffixes[-1:] == [".gz"]
-    return _KIND_OF.get("".join(suffixes if compressed else suffixes[-1:]))
+    # As Path.suffixes has it, which is slow; there are folders of 100,000 frames.
+    parts = name.rstrip("/").rpartition("/")[2].lstrip(".").lower().rsplit(".", 2)
+    if len(parts) == 1:
+        return None
+    return _KIND_OF.get("." + (".".join(parts[1:]) if parts[-1] == "gz" else parts[-1]))
 
 
-def media_files(folder: Path, ignored: Counter[str] | None = None) -> list[Path]:
+class NumberedImages(NamedTuple):
+    """The images of a frame folder in the order of their numbers, (N,) int64 and strictly increasing."""
+
+    names: tuple[str, ...]
+    numbers: NDArray[np.int64]
+
+
+def numbered_images(names: Iterable[str]) -> NumberedImages:
+    """The frames among the names of a folder's files: at least 2 images like img_1.jpg, img_2.jpg, ..., img_10.jpg.
+
+    What is hidden or of no known kind is left out. Raises ValueError with the reason where the rest is anything but
+    images of one pattern, which is what stands before and after a number at the end of the name.
+    """
+    found: dict[int, str] = {}
+    pattern: tuple[str, str] | None = None
+    example = ""
+    for name in names:
+        kind = kind_of_name(name)
+        if kind is None or name.startswith("."):
+            continue
+        stem, _, suffix = name.rpartition(".")
+        before = stem.rstrip("0123456789")
+        digits = stem[len(before) :]
+        if kind != "image" or not 1 <= len(digits) <= _MAX_DIGITS:
+            raise ValueError(f"{name} is no image with a number at the end of its name")
+        if pattern is None:
+            pattern, example = (before, suffix.lower()), name
+        elif (before, suffix.lower()) != pattern:
+            raise ValueError(f"{example} and {name} are not of one pattern")
+        number = int(digits)
+        if number in found:
+            raise ValueError(f"{found[number]} and {name} have the same number")
+        found[number] = name
+    if len(found) < 2:
+        raise ValueError("a frame folder holds at least 2 numbered images" + (f", not only {example}" * len(found)))
+    numbers = np.array(sorted(found), np.int64)
+    return NumberedImages(tuple(found[number] for number in numbers.tolist()), numbers)
+
+
+def media_files(folder: Path, ignored: Counter[str] | None = None, *, frame_folders: bool = False) -> list[Path]:
     """Files of any known kind below a folder, sorted; nothing hidden, and of a header and image pair only the header.
 
-    ignored: counts the suffixes of the other files. Raises DataError where a folder cannot be listed.
+    ignored: counts the suffixes of the other files; frame_folders: a folder below (not `folder` itself) that holds
+    numbered images, and no media in folders of its own, stands for them: it is a video. Raises DataError where a folder
+    cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
@@ -46,14 +90,28 @@ def media_files(folder: Path, ignored: Counter[str] | None = None) -> list[Path]
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         present = set(names)
+        inside: list[Path] = []
         for name in sorted(names):
             if name.startswith(".") or (".img" in name and name.replace(".img", ".hdr") in present):
                 continue
             if kind_of_name(name) is not None:
-                found.append(Path(parent, name))
+                inside.append(Path(parent, name))
             elif ignored is not None:
                 ignored[Path(name).suffix] += 1
+        if frame_folders and Path(parent) != folder and are_frames(names):
+            below = [path for name in folders for path in media_files(Path(parent, name))]
+            inside = inside if below else [Path(parent)]
+        found += inside
     return found
+
+
+def are_frames(names: Iterable[str]) -> bool:
+    """Whether the files of a folder are the frames of one video, as `numbered_images` has it."""
+    try:
+        numbered_images(names)
+    except ValueError:
+        return False
+    return True
 
 
 @runtime_checkable

@@ -1,9 +1,6 @@
 """Opens a data set, however its files lie: a card, a folder with a subfolder per class, or a manifest."""
 
-import math
 import os
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +16,7 @@ from videogru.data.columns import Coded, hand_over
 from videogru.data.folders import first_of_each_suffix
 from videogru.data.frames import SUFFIXES, kind_of_name, media_files
 from videogru.data.manifest import Manifest, build_manifest, missing_rows, read_manifest
+from videogru.data.npz import read_npz
 from videogru.data.splits import assign_splits
 from videogru.data.table import TABLE_SUFFIXES, read_table
 from videogru.errors import ConfigError, DataError
@@ -26,8 +24,6 @@ from videogru.resources import card_names, data_root
 
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
 _CIFAR_FOLDER = "cifar-100-python"
-_MAX_BYTES = 8 * 2**30
-_DEFLATE_RATIO = 1032  # no deflate stream expands further
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +77,7 @@ def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True, e
     if path.is_dir() and name not in card_names():
         if data.data_dir is not None:
             raise ConfigError(f"--data-dir goes with a card or a manifest, but {name} is a folder")
-        corpus = _open_class_folders(path, empty_classes)
+        corpus = _open_class_folders(path, data, empty_classes)
     elif path.suffix.lower() in TABLE_SUFFIXES:
         corpus = _from_manifest(path.stem, read_manifest(path, root=data.data_dir), None)
     elif path.is_file():
@@ -129,6 +125,8 @@ def _one_kind(names: Iterable[str], where: Path) -> Kind:
     examples: dict[Kind, str] = {}
     for name in names:
         kind = kind_of_name(name)
+        if kind is None and _is_folder_name(where / name):
+            kind = "video"
         if kind is None:
             known = " ".join(sorted(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
             raise DataError(f"{name}: no known suffix", where=where, hint=f"Known: {known}")
@@ -139,11 +137,20 @@ def _one_kind(names: Iterable[str], where: Path) -> Kind:
     return next(iter(examples))
 
 
+def _is_folder_name(path: Path) -> bool:
+    """Whether a source without a media suffix is a frame folder, or would be if it were there."""
+    return path.is_dir() or not (path.suffix or path.exists())
+
+
 # Folders as labels ----------------------------------------------------------------------------------------------
 
 
-def _open_class_folders(root: Path, empty_classes: bool) -> Corpus:
-    """root/<class>/... or root/<train|val|test>/<class>/...; hidden files are ignored, other suffixes are counted."""
+def _open_class_folders(root: Path, data: DataConfig, empty_classes: bool) -> Corpus:
+    """root/<class>/... or root/<train|val|test>/<class>/...; hidden files are ignored, other suffixes are counted.
+
+    Images in a class folder are stills. A folder in a class folder that holds numbered images is one video; where there
+    is one, every other folder of images counts as a video too, and fails with its reason when it is read.
+    """
     root = root.resolve()
     tops = _subfolders(root)
     split_of = {alias: code for code, split in enumerate(SPLITS) for alias in _SPLIT_NAMES[split]}
@@ -165,20 +172,28 @@ def _open_class_folders(root: Path, empty_classes: bool) -> Corpus:
             where=root,
             hint="Expected FOLDER/<class>/files, or FOLDER/<split>/<class>/files.",
         )
-    sources: list[str] = []
-    labels: list[int] = []
-    splits: list[int] = []
+    found: list[tuple[Path, Path, str, int]] = []
     ignored: Counter[str] = Counter()
     for split, parent, label in places:
-        for path in media_files(parent / label, ignored):
-            sources.append(path.relative_to(root).as_posix())
-            labels.append(classes.index(label))
-            splits.append(split)
-    if not sources:
+        place = parent / label
+        found += [(path, place, label, split) for path in media_files(place, ignored, frame_folders=True)]
+    if not found:
         raise DataError("no videos, volumes or images in its class folders", where=root)
-    kind = _one_kind(sources, root)
     notes = [f"ignored {count} files with suffix {suffix or '(none)'}" for suffix, count in sorted(ignored.items())]
-    empty = [name for code, name in enumerate(classes) if code not in set(labels)]
+    if any(kind_of_name(path.name) is None for path, *_ in found):
+        rows = dict.fromkeys((_clip_of(path, place), label, split) for path, place, label, split in found)
+        notes.append(
+            f"folders of numbered images are videos of {data.folder_fps:g} frames per second (data.folder_fps)"
+        )
+    else:
+        rows = dict.fromkeys((path, label, split) for path, _, label, split in found)
+    sources = [path.relative_to(root).as_posix() for path, _, _ in rows]
+    codes = {label: code for code, label in enumerate(classes)}
+    labels = [codes[label] for _, label, _ in rows]
+    splits = [split for *_, split in rows]
+    kind = _one_kind(sources, root)
+    present = set(labels)
+    empty = [name for code, name in enumerate(classes) if code not in present]
     if empty and not empty_classes:
         raise DataError(f"no files of class {', '.join(empty)}", where=root, hint="Remove the empty folders.")
     return Corpus(
@@ -193,6 +208,11 @@ def _open_class_folders(root: Path, empty_classes: bool) -> Corpus:
     )
 
 
+def _clip_of(path: Path, class_folder: Path) -> Path:
+    """The folder of an image that lies in one below its class folder; what else is a source stays."""
+    return path.parent if kind_of_name(path.name) == "image" and path.parent != class_folder else path
+
+
 def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
@@ -201,7 +221,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _open_kinetics(card: Card, data: DataConfig) -> Corpus:
-    """The publisher's tables, and clips <split>/[<label>/]<youtube_id>_<start:06d>_<end:06d>.<suffix>."""
+    """The publisher's tables, and clips <split>/[<label>/]<youtube_id>_<start:06d>_<end:06d>.<suffix>; or frames."""
     place = _place(card, data)
     codes = {name: code for code, name in enumerate(card.classes)}
     sources: list[str] = []
@@ -275,6 +295,8 @@ def _kinetics_clips(place: Path, names: tuple[str, ...]) -> dict[str, str]:
                 for entry in entries:
                     if kind_of_name(entry.name) == "video":
                         clips[entry.name.rpartition(".")[0]] = f"{folder}/{entry.name}"
+                    elif entry.is_dir():  # its frames, extracted
+                        clips.setdefault(entry.name, f"{folder}/{entry.name}")
     return clips
 
 
@@ -318,7 +340,7 @@ def _open_medmnist(card: Card, data: DataConfig) -> Corpus:
 
     path = _medmnist_file(card, data)
     card.check_file(path)
-    members = _read_npz(path, [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")])
+    members = read_npz(path, [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")])
     rolled: list[NDArray[np.uint8]] = []
     sources: list[str] = []
     for split in SPLITS:
@@ -354,36 +376,6 @@ def _medmnist_file(card: Card, data: DataConfig) -> Path:
     if not sizes:
         raise DataError(f"no {card.name}.npz", where=place, hint=card.how_to_obtain)
     return sizes[0]
-
-
-def _read_npz(path: Path, names: list[str]) -> dict[str, NDArray]:
-    """Arrays of a .npz, never pickles; what its headers claim is checked before anything is allocated."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            claimed = 0
-            for info in archive.infolist():
-                claimed += info.file_size
-                if info.file_size > _DEFLATE_RATIO * (info.compress_size + 1) or claimed > _MAX_BYTES:
-                    raise DataError(f"{info.filename} claims {info.file_size} bytes, too many", where=path)
-            for name in names:
-                _check_header(archive, f"{name}.npy")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
-    except KeyError as error:
-        raise DataError(f"misses an array: {error.args[0]}", where=path) from error
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"cannot be read as .npz: {error}", where=path) from error
-
-
-def _check_header(archive: zipfile.ZipFile, name: str) -> None:
-    """Raise ValueError where an array's header claims more bytes than its member has."""
-    size = archive.getinfo(name).file_size
-    with archive.open(name) as member:
-        major = np.lib.format.read_magic(member)[0]
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-    if math.prod(shape) * dtype.itemsize > size:
-        raise ValueError(f"shape {shape} of {dtype} does not fit into {size} bytes")
 
 
 def _place(card: Card, data: DataConfig) -> Path:

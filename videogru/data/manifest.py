@@ -269,9 +269,25 @@ def _refuse_strays(root: Path, sources: Text, fail: Callable[..., DataError]) ->
         if listing is not None and listing.strays:
             others = np.setdiff1d(rows, absent(sources, rows, listing.strays))
             strays += [(int(row), "a link to a place outside of {}") for row in others[:1]]
+        if listing is not None and listing.folders:
+            strays += _linked_frames(tree, sources, np.setdiff1d(rows, absent(sources, rows, listing.folders)))
     if strays:
         row, what = min(strays)
         raise fail(row, f"source {sources[row]!r} is {what.format(root)}", hint)
+
+
+def _linked_frames(tree: Tree, sources: Text, rows: NDArray[np.int64]) -> list[tuple[int, str]]:
+    """The first of `rows`, which are folders of frames, that holds a link out of the root."""
+    looked_into: set[str] = set()
+    for row in rows.tolist():
+        source = sources[row]
+        if source not in looked_into:
+            looked_into.add(source)
+            frames = tree.listing(source)
+            if frames is not None and frames.strays:
+                link = min(frames.strays).replace("{", "{{").replace("}", "}}")
+                return [(row, f"a folder whose {link} is a link to a place outside of {{}}")]
+    return []
 
 
 def _suspicious(sources: Text) -> list[int]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from videogru.config import DataConfig, Kind
 from videogru.data import sampling
+from videogru.data.frame_folder import open_frame_folder
 from videogru.data.frames import SUFFIXES, FrameSource, kind_of_name
 from videogru.data.image import open_image
 from videogru.data.video import open_video
@@ -19,7 +20,7 @@ DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 
 
 def open_source(path: Path | str, *, data: DataConfig, kind: Kind | None = None) -> FrameSource:
-    """Open a video, volume or image with the reader its suffix asks for.
+    """Open a video, volume or image with the reader its suffix asks for, or a folder of numbered images as a video.
 
     kind: what it has to be; None: any. Raises SourceError where the path is no file with content, is of another kind
     or no known one, or its reader refuses it; ConfigError where `data` asks for a decoder that is not installed.
@@ -27,8 +28,7 @@ def open_source(path: Path | str, *, data: DataConfig, kind: Kind | None = None)
     path = Path(path)
     try:
         if path.is_dir():
-            hint = "A folder of DICOM slices has to be converted to NIfTI first." if _is_dicom_dir(path) else None
-            raise SourceError("is a folder, not a file", where=path, hint=hint or "Name the files in it.")
+            return _open_folder(path, data, kind)
         if not path.exists():
             raise SourceError("no such file", where=path, hint="Check the path; manifests count from their own folder.")
         if not path.is_file():
@@ -164,6 +164,19 @@ def _read(source: FrameSource, clips: list[NDArray[np.int64]]) -> list[FrameSequ
         return [FrameSequence(frames, positions, source.unit)]
     places = [torch.from_numpy(np.searchsorted(wanted, indices)) for indices in clips]
     return [FrameSequence(frames[place], positions[place], source.unit) for place in places]
+
+
+def _open_folder(path: Path, data: DataConfig, kind: Kind | None) -> FrameSource:
+    try:
+        source = open_frame_folder(path, fps=data.folder_fps)
+    except SourceError as error:
+        hint = "A folder of DICOM slices has to be converted to NIfTI first." if _is_dicom_dir(path) else error.hint
+        raise SourceError(f"is a folder, not a file, and {error.what}", where=path, hint=hint) from error
+    if kind not in (None, "video"):
+        raise SourceError(
+            f"is a folder of frames, which is a video, expected {kind}", where=path, hint=f"Give a file of kind {kind}."
+        )
+    return source
 
 
 def _is_dicom_dir(folder: Path) -> bool:

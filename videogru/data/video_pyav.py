@@ -23,6 +23,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from videogru.config import Kind
+from videogru.data.time_stamps import increasing, spread
 from videogru.errors import SourceError
 from videogru.sequence import Unit
 
@@ -72,8 +73,7 @@ class PyavVideo:
         self._sequential = False
         self._pts: NDArray[np.int64] = np.empty(0, np.int64)
         self._places: list[int] = []
-        self._place_of: dict[tuple[int | None, int | None], int] = {}
-        self._bytes_of: dict[int, tuple[int | None, int]] = {}  # where a packet lies in the file, and its size
+        self._place_of: dict[tuple[int | None, int, int | None], int] = {}
         self._keys: list[_Key] = []
         self._reached = -1
         try:
@@ -183,8 +183,7 @@ class PyavVideo:
             if packet.pts is None:
                 trusted = False
                 continue
-            self._place_of[packet.pts, packet.dts] = self._place_of[packet.pts, None] = place
-            self._bytes_of[place] = packet.pos, packet.size
+            self._place_of[_identity(packet)] = place
             if packet.is_keyframe:
                 self._keys.append(_Key(place, packet.pts, packet.dts))
             # VP8 keeps frames that are only referred to in packets of their own.
@@ -208,6 +207,7 @@ class PyavVideo:
             or formats & _SEQUENTIAL_FORMATS
             or len(durations) != len(shown)
             or not shown
+            or first.pts != shown[0][0]  # the first to be shown gave no frame
             or any(self._key_before(pts, place) is None for pts, place in shown)
         ):
             self._decode_all(set(), set())
@@ -290,7 +290,7 @@ class PyavVideo:
             self._container.seek(target, stream=self._stream, backward=True, any_frame=False)
             packets = self._container.demux(self._stream)
             packet = next(packets, None)
-            landed = None if packet is None else self._place(packet)
+            landed = None if packet is None else self._place_of.get(_identity(packet))
             if landed is not None and landed <= key.place:
                 break
         else:
@@ -298,30 +298,27 @@ class PyavVideo:
         last = key.pts - 1
         self._reached = key.place
         while packet is not None:
-            place = self._place(packet)
-            # A damaged index may give other packets these stamps.
-            if place is not None and self._bytes_of[place] != (packet.pos, packet.size):
+            place = self._place_of.get(_identity(packet))
+            # With a damaged index, a seek may find other packets, or these with other stamps.
+            if place is None and packet.size and not packet.is_corrupt:
                 raise _BrokenPromise
-            self._reached = self._reached if place is None else max(self._reached, place)
+            self._reached = max(self._reached, -1 if place is None else place)
             for frame in packet.decode():
-                if frame.is_corrupt or (frame.pts is not None and frame.pts < key.pts):
+                if frame.pts is not None and frame.pts < key.pts:
                     continue
-                if frame.pts is None or frame.pts <= last:
+                # After damage, what follows depends on all that was decoded before.
+                if frame.is_corrupt or frame.pts is None or frame.pts <= last:
                     raise _BrokenPromise
                 last = frame.pts
                 yield frame
             packet = next(packets, None)
-
-    def _place(self, packet: Any) -> int | None:
-        """Where a packet stands in decoding order. After a seek, Matroska's demuxer may not know its dts again."""
-        return self._place_of.get((packet.pts, packet.dts), self._place_of.get((packet.pts, None)))
 
     def _read_in_order(self, chosen: list[int]) -> list[NDArray[np.uint8]]:
         """The same frames after a broken promise, found by their time stamps in one pass over the whole stream."""
         wanted = [int(self._pts[index]) for index in chosen]
         declared = len(self.positions)
         found, stamps = self._decode_all(set(wanted), set(chosen))
-        if _increasing(stamps):
+        if increasing(stamps):
             orders = {pts: order for order, pts in enumerate(stamps)}
             taken = [orders.get(pts, -1) for pts in wanted]
         else:  # The stamps are no help; the order is, if no frame is missing.
@@ -336,8 +333,7 @@ class PyavVideo:
     ) -> tuple[dict[int, NDArray[np.uint8]], list[int | None]]:
         """Decode the stream from start to end and index it anew; returns the wanted frames by order, and all stamps.
 
-        Frames that share a stamp are spread until the next one. Where stamps are missing or go back, frames are placed
-        at the stream's average rate.
+        Frames that share a stamp are spread until the next. Where stamps are missing or go back, the rate counts.
         """
         found: dict[int, NDArray[np.uint8]] = {}
         stamps: list[int | None] = []
@@ -350,10 +346,9 @@ class PyavVideo:
         if not stamps:
             raise SourceError("not one frame can be decoded", where=self.path, hint="Check that it plays.")
         base, rate = self._stream.time_base, self._stream.average_rate
-        spread = _spread(stamps)
-        if spread is not None:
-            positions = spread * base.numerator / base.denominator
-            duration = duration if _increasing(stamps) else 0
+        if (ticks := spread(stamps)) is not None:
+            positions = ticks * base.numerator / base.denominator
+            duration = duration if increasing(stamps) else 0
         elif rate:
             start = min((pts for pts in stamps if pts is not None), default=0) * base.numerator / base.denominator
             positions = start + np.arange(len(stamps)) * rate.denominator / rate.numerator
@@ -403,23 +398,11 @@ class PyavVideo:
         return pixels[:: -1 if self._flip_y else 1, :: -1 if self._flip_x else 1]
 
 
-def _increasing(stamps: list[int | None]) -> bool:
-    known = [pts for pts in stamps if pts is not None]
-    return len(known) == len(stamps) and all(a < b for a, b in pairwise(known))
-
-
-def _spread(stamps: list[int | None]) -> NDArray[np.float64] | None:
-    """Increasing places in ticks where stamps at most repeat, as 0 0 2 4 4 4 -> 0 1 2 4 4.67 5.33; None elsewhere."""
-    known = np.array([pts for pts in stamps if pts is not None], np.int64)
-    if len(known) != len(stamps) or (np.diff(known) < 0).any():
-        return None
-    starts, group, counts = np.unique(known, return_inverse=True, return_counts=True)
-    if len(starts) == 1 < len(known):
-        return None
-    gaps = np.diff(starts)
-    gaps = np.append(gaps, np.median(gaps) if len(gaps) else 0)
-    first = np.cumsum(counts) - counts
-    return np.asarray(known + (np.arange(len(known)) - first[group]) * gaps[group] / counts[group])
+def _identity(packet: Any) -> tuple[int | None, int, int | None]:
+    """What tells a packet in every pass: its bytes, which VP8's hidden frames do not share, and its time, which differs
+    where an edit list shows it twice. Not its dts: after a seek, Matroska's demuxer may not know it again.
+    """
+    return packet.pos, packet.size, packet.pts
 
 
 def _turn(frame: Any) -> tuple[bool, bool, bool]:

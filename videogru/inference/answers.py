@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from videogru.config import DataConfig, Kind, resolve_config
+from videogru.data.frame_folder import is_frame_folder
 from videogru.data.frames import kind_of_name, media_files
 from videogru.data.views import Views
 from videogru.errors import ConfigError, DataError, ModelFileError
@@ -70,6 +71,8 @@ def answer(
 def expand(asked: Sequence[str], kind: Kind, say: Say) -> list[tuple[str, str | None]]:
     """Files, folders (searched for files of the model's kind) and globs as (path, None), each once, in order.
 
+    To a video model, a folder of numbered images is one input, whether it is named or found in another.
+
     What holds no such file stays as (text, problem): it gets its row, and the others are done.
     """
     inputs: dict[str, str | None] = {}
@@ -82,17 +85,27 @@ def expand(asked: Sequence[str], kind: Kind, say: Say) -> list[tuple[str, str | 
                 inputs.setdefault(match, None)
                 continue
             try:
-                inside = media_files(Path(match))
+                inside, fitting = _inside(Path(match), kind)
             except DataError as error:
                 inputs[match] = str(error)
                 continue
-            fitting = [path for path in inside if kind_of_name(path.name) == kind]
             if not fitting:
                 inputs[match] = f"{match}: no {kind} files in this folder"
             if len(fitting) < len(inside):
                 say(f"{match}: {len(inside) - len(fitting)} files are no {kind}s and are left out")
             inputs |= dict.fromkeys((str(path) for path in fitting), None)
     return list(inputs.items())
+
+
+def _inside(folder: Path, kind: Kind) -> tuple[list[Path], list[Path]]:
+    """The sources in a folder, and those of them that are of this kind. Raises DataError where it cannot be listed."""
+    if kind != "video":
+        inside = media_files(folder)
+        return inside, [path for path in inside if kind_of_name(path.name) == kind]
+    if is_frame_folder(folder):
+        return [folder], [folder]
+    inside = media_files(folder, frame_folders=True)
+    return inside, [path for path in inside if kind_of_name(path.name) in (kind, None)]
 
 
 def _matches(text: str) -> list[str]:
@@ -119,7 +132,10 @@ def newest_fitting(asked: Sequence[str], say: Say) -> Path:
 def _first_kind(asked: Sequence[str]) -> Kind | None:
     for match in (match for text in asked for match in _matches(text)):
         try:
-            paths = media_files(Path(match)) if os.path.isdir(match) else [Path(match)]
+            paths = _inside(Path(match), "video")[0] if os.path.isdir(match) else [Path(match)]
+            if any(kind_of_name(path.name) is None and path.is_dir() for path in paths):
+                # Numbered images may be meant as stills: who only has a model of those, means that.
+                return "video" if newest_model(RUNS, "video") else "image"
         except DataError:  # gets its row when the inputs are listed
             continue
         kind = next((found for path in paths if (found := kind_of_name(path.name))), None)
