@@ -197,7 +197,16 @@ def _check(
 
 def header_of(corpus: Corpus, data: DataConfig) -> dict[str, Any]:
     """What the records of a check depend on, beside the files."""
-    read = ("decoder", "axis", "intensity", "percentile_low", "percentile_high", "window_low", "window_high")
+    read = (
+        "decoder",
+        "folder_fps",
+        "axis",
+        "intensity",
+        "percentile_low",
+        "percentile_high",
+        "window_low",
+        "window_high",
+    )
     settings = data.model_dump(mode="json", include=set(read))
     return {"root": str(corpus.manifest.root), "kind": corpus.kind, "settings": settings}
 
