@@ -114,7 +114,7 @@ def serve(reader: Decoder, names: Sequence[str]) -> int:
         try:
             told: dict[str, Any] = {"wrong": wrong_frames(reader, path, truth)}
         except Exception as error:  # noqa: BLE001 (whatever a library raises is its result)
-            first = next(iter(str(error).strip().splitlines()), "")
+            first = next(iter(str(error).replace(str(path), path.name).strip().splitlines()), "")
             # decord: the time and place in its source before, stray memory after.
             plain = re.sub(r"\[[\d:]+\] \S+: | \(-?\d+ vs\. -?\d+\)", "", first)
             told = {"error": f"{type(error).__name__}: {plain}".removesuffix(": ")}
