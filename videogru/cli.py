@@ -13,12 +13,13 @@ import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from videogru import __version__
 from videogru.errors import ConfigError, VideogruError
+from videogru.terminal import cell, console, show_facts, show_outcome
 
 app = typer.Typer(
     name="videogru",
@@ -160,7 +161,7 @@ def train(
         settings = runs.settings_for_training(config, given, assigned)
         _start_processes(runs.processes_to_start(settings))
         outcome = runs.train(settings, out=out, progress=progress, say=_say)
-    _show_outcome(outcome)
+    show_outcome(outcome)
 
 
 def _start_processes(wanted: tuple[int, int] | None) -> None:
@@ -206,7 +207,7 @@ def evaluate(
         out=out,
         say=_say,
     )
-    _show_outcome(outcome)
+    show_outcome(outcome)
     if any(evaluation.failed for evaluation in outcome.evaluations.values()):
         raise typer.Exit(3)
 
@@ -232,7 +233,7 @@ def probe(
     table = Table("frames", METRIC_NAMES[found.metric], "95 % interval", "difference", box=None, pad_edge=False)
     for row in found.table_rows():
         table.add_row(*row)
-    _console().print(table)
+    console().print(table)
     print(found.verdict)
 
 
@@ -319,8 +320,8 @@ def data_list() -> None:
     cards = list_cards()
     table = Table(*cards[0], box=None, pad_edge=False)
     for card in cards:
-        table.add_row(*("not here" if value is None else _cell(value) for value in card.values()))
-    _console().print(table)
+        table.add_row(*("not here" if value is None else cell(value) for value in card.values()))
+    console().print(table)
 
 
 @data_app.command(
@@ -339,7 +340,7 @@ def data_info(
     from videogru import runs
 
     facts = runs.describe(name_or_folder, data_dir, set_ or [])
-    _print_facts(facts)
+    show_facts(facts)
 
 
 @data_app.command(
@@ -365,54 +366,6 @@ def data_check(
         print(line)
     if checked.bad:
         raise typer.Exit(3)
-
-
-def _print_facts(facts: dict[str, Any], indent: int = 0) -> None:
-    width = max((len(str(key)) for key in facts), default=0)
-    for key, value in facts.items():
-        if value is None or value == [] or value == {}:
-            continue
-        if isinstance(value, dict) and indent and not any(isinstance(inner, dict) for inner in value.values()):
-            counts = "  ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
-            print(" " * indent + f"{key!s:<{width}}  {counts}")
-        elif isinstance(value, dict):
-            print(" " * indent + str(key))
-            _print_facts(value, indent + 2)
-        else:
-            print(" " * indent + f"{str(key).replace('_', ' '):<{width}}  {_cell(value)}")
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value):
-        return f"{_cell(value[0])} to {_cell(value[1])}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_cell(item) for item in value)
-    return "" if value is None else str(value)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # Piped, a table is never folded or cut: rich would assume 80 columns.
-    return Console() if sys.stdout.isatty() else Console(width=1000)
-
-
-def _show_outcome(outcome: Any) -> None:
-    from rich.table import Table
-
-    for split, evaluation in outcome.evaluations.items():
-        table = Table("", split, "95 % interval", box=None, pad_edge=False)
-        for row in evaluation.summary_rows():
-            table.add_row(*row)
-        _console().print(table)
-    if outcome.trained is not None:
-        print(f"model:  {outcome.trained.model}")
-    if outcome.report is not None:
-        print(f"report: {outcome.report}")
 
 
 def main() -> None:

@@ -1,0 +1,56 @@
+"""What commands print on success: tables and facts."""
+
+import sys
+from typing import Any
+
+
+def show_facts(facts: dict[str, Any], indent: int = 0) -> None:
+    """Names and values, one to a line; nested ones indented, empty ones left out."""
+    width = max((len(str(key)) for key in facts), default=0)
+    for key, value in facts.items():
+        if value is None or value == [] or value == {}:
+            continue
+        if isinstance(value, dict) and indent and not any(isinstance(inner, dict) for inner in value.values()):
+            counts = "  ".join(f"{name} {cell(inner)}" for name, inner in value.items())
+            print(" " * indent + f"{key!s:<{width}}  {counts}")
+        elif isinstance(value, dict):
+            print(" " * indent + str(key))
+            show_facts(value, indent + 2)
+        else:
+            print(" " * indent + f"{str(key).replace('_', ' '):<{width}}  {cell(value)}")
+
+
+def cell(value: object) -> str:
+    """A plain value as a person would write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value):
+        return f"{cell(value[0])} to {cell(value[1])}"
+    if isinstance(value, list | tuple):
+        return ", ".join(cell(item) for item in value)
+    return "" if value is None else str(value)
+
+
+def console() -> Any:
+    """A rich console for stdout."""
+    from rich.console import Console
+
+    # Piped, a table is never folded or cut: rich would assume 80 columns.
+    return Console() if sys.stdout.isatty() else Console(width=1000)
+
+
+def show_outcome(outcome: Any) -> None:
+    """Metrics by split, and where model and report lie."""
+    from rich.table import Table
+
+    for split, evaluation in outcome.evaluations.items():
+        table = Table("", split, "95 % interval", box=None, pad_edge=False)
+        for row in evaluation.summary_rows():
+            table.add_row(*row)
+        console().print(table)
+    if outcome.trained is not None:
+        print(f"model:  {outcome.trained.model}")
+    if outcome.report is not None:
+        print(f"report: {outcome.report}")
