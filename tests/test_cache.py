@@ -75,7 +75,7 @@ def test_raw_is_the_video_bit_by_bit(tmp_path: Path, video: Path, fit: str, chan
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_jpeg_is_near(tmp_path: Path, channels: int) -> None:
-    from tests.test_video import make_video
+    from test_video import make_video
 
     make_video(tmp_path / "b.mp4", range(0, 400, 40), rotation=90)
     data = settings(tmp_path, "jpeg", channels=channels)

@@ -103,7 +103,7 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
     [
         *("model.hidden_size=1000000000", "model.num_layers=100000", "model.encoder_width=1000000000"),
         *("data.frame_size=1000000", "data.frame_size=1", "data.num_frames=10000000000"),
-        *("train.num_workers=1000", "train.seed=1700000000123", "train.lr=.inf", "train.devices=2"),
+        *("train.num_workers=1000", "train.seed=1700000000123", "train.lr=.inf", "train.devices=2000"),
     ],
 )
 def test_numbers_out_of_reason_are_refused(assignment: str) -> None:

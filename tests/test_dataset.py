@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_video import make_video
+from test_video import make_video
 from videogru.config import DataConfig
 from videogru.data import dataset as dataset_module
 from videogru.data.batching import EpochBatches, OrderedBatches
-from videogru.data.dataset import ArraySource, ClipDataset, default_workers, make_loader
+from videogru.data.dataset import ArraySource, ClipDataset, ClipLoader, default_workers
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.sources import open_source
@@ -73,7 +73,7 @@ def test_training_draws_depend_on_the_epoch_and_stay_in_their_segments(volumes: 
 def test_loaders_keep_the_samplers_order(stills: Corpus, workers: int) -> None:
     rows = np.array([8, 2, 5, 1, 0], dtype=np.int64)
     dataset = ClipDataset(stills, data=DataConfig(frame_size=8).for_kind("image"))
-    loader = make_loader(dataset, OrderedBatches(rows, batch_size=2), num_workers=workers)
+    loader = ClipLoader(dataset, OrderedBatches(rows, batch_size=2), num_workers=workers)
     seen = [loaded.batch.indices.tolist() for loaded in loader if loaded.batch is not None]
     assert seen == [[8, 2], [5, 1], [0]]
 
@@ -81,7 +81,7 @@ def test_loaders_keep_the_samplers_order(stills: Corpus, workers: int) -> None:
 def test_epoch_travels_with_the_batch(stills: Corpus) -> None:
     batches = EpochBatches(np.arange(9, dtype=np.int64), batch_size=4, seed=0, epoch=lambda: 7)
     dataset = ClipDataset(stills, data=DataConfig(frame_size=8).for_kind("image"))
-    assert {loaded.epoch for loaded in make_loader(dataset, batches, num_workers=0)} == {7}
+    assert {loaded.epoch for loaded in ClipLoader(dataset, batches, num_workers=0)} == {7}
 
 
 def test_array_rows_as_sources() -> None:

@@ -92,7 +92,7 @@ from pathlib import Path
 from test_reproduce_article import accept
 accept(setattr, {sums!r})
 from videogru.data import datamodule
-from videogru.training.callbacks import SaveState
+from videogru.training.state import SaveState
 real, ask, calls, told = datamodule.augment_batch, SaveState._ask, [], []
 def slow(*a, **k):
     calls.append(1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_video import make_video
+from test_video import make_video
 from videogru.config import DataConfig, ModelConfig
 from videogru.data.sources import open_source, read_clips
 from videogru.data.transforms import fit_frames, prepare_clip

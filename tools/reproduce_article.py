@@ -28,7 +28,7 @@ from measuring import INTERRUPTED, Parser, exit_code
 from videogru.config import Config, parse_assignments
 from videogru.errors import ConfigError, DataError
 from videogru.runs import run_config, settings_for_training
-from videogru.training.callbacks import STATE_FILE, stop_signals
+from videogru.training.state import STATE_FILE, stop_signals
 
 # cpu: about 4 minutes for a ResNet and 8 with a recurrent part on 2 quiet cores; gpu: the recipe, 40 epochs.
 BUDGETS: dict[str, dict[str, str]] = {

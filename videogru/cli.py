@@ -7,6 +7,7 @@ Heavy modules are imported inside the commands, so that `videogru --help` answer
 import errno
 import io
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -115,8 +116,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Clips per step and process.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    devices: Annotated[int | None, typer.Option(help="GPUs per node; more than one: not yet.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines; more than one: not yet.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Processes per machine, a GPU each where there are any.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Machines; start the command on each, see docs/training.md.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
     out: Annotated[
@@ -149,11 +152,24 @@ def train(
                 "--resume takes all settings from the run; leave the other flags out",
                 hint=f"videogru train --resume {resume}",
             )
+        settings = runs.run_config(resume)
+        _start_processes(runs.processes_to_start(settings))
         outcome = runs.resume(resume, progress=progress, say=_say)
     else:
         settings = runs.settings_for_training(config, given, assigned)
+        _start_processes(runs.processes_to_start(settings))
         outcome = runs.train(settings, out=out, progress=progress, say=_say)
     _show_outcome(outcome)
+
+
+def _start_processes(wanted: tuple[int, int] | None) -> None:
+    """Where several processes are wanted, have them do this command, and end as they do."""
+    if wanted is None:
+        return
+    from videogru.training.launch import launch
+
+    devices, nodes = wanted
+    raise typer.Exit(launch(sys.argv[1:], devices=devices, nodes=nodes, say=_say))
 
 
 @app.command(
@@ -377,6 +393,10 @@ def main() -> None:
     """Run a command; turn what went wrong into one message and an exit code."""
     # SIGTERM ends every command as Ctrl-C does: cleanly, with 130.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if launcher := os.environ.pop("VIDEOGRU_LAUNCHED_BY", ""):
+        from videogru.data.worker import end_with_parent
+
+        end_with_parent(signal.SIGTERM, parent=int(launcher))
     sys.exit(_run())
 
 
@@ -393,7 +413,8 @@ def _run() -> int:
             _say("interrupted")
         return code
     except VideogruError as error:
-        _say(str(error) if error.exit_code == 130 else f"error: {error}")
+        if not error.is_echo:
+            _say(str(error) if error.exit_code == 130 else f"error: {error}")
         return error.exit_code
     except MemoryError as error:
         _say(f"error: not enough memory ({error}); make data.num_frames, data.frame_size or train.batch_size smaller")

@@ -74,6 +74,13 @@ class DataConfig(Settings):
         None, description="to a square: crop the center, pad, or stretch; default: pad for volumes, else crop"
     )
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = Field("auto", description="video decoder")
+    decode_timeout_seconds: float = Field(
+        60.0,
+        ge=0,
+        le=1e6,
+        description="reading one source may take this long, then its process is ended and replaced, and the source "
+        "counts as unreadable; 0: no limit. Needs reader processes: with train.num_workers=0 nothing is watched",
+    )
     cache: Literal["none", "jpeg", "raw"] = Field(
         "none",
         description="videos are decoded once, into frames that later epochs read; raw: the same bits, channels * "
@@ -207,8 +214,13 @@ class TrainConfig(Settings):
     num_workers: int | None = Field(
         None, ge=0, le=128, description="reader processes; default: one per core but one, at most 8"
     )
-    devices: Positive = Field(1, description="GPUs or processes per node; more than one: not yet")
-    nodes: Positive = Field(1, description="machines; more than one: not yet")
+    devices: int | None = Field(
+        None, ge=1, le=1024, description="processes per node, a GPU each if any; default: as torchrun says, else 1"
+    )
+    nodes: int | None = Field(None, ge=1, le=65_536, description="machines; default: as torchrun says, else 1")
+    save_every_minutes: float = Field(
+        10.0, ge=0, description="how often the state is saved inside an epoch; 0: only after epochs"
+    )
 
     @model_validator(mode="after")
     def _compiled_or_recomputed(self) -> "TrainConfig":
@@ -220,14 +232,6 @@ class TrainConfig(Settings):
     def _gates_need_muon(self) -> "TrainConfig":
         if self.muon_recurrent and self.optimizer != "muon":
             raise ValueError(f"train.muon_recurrent needs train.optimizer=muon, not {self.optimizer}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_process(self) -> "TrainConfig":
-        if self.devices * self.nodes > 1:
-            raise ValueError(
-                "training on several devices or nodes is not supported yet: --devices and --nodes must be 1"
-            )
         return self
 
 

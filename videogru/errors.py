@@ -8,6 +8,7 @@ class VideogruError(Exception):
     """Something a user can mend; `where` is a file, row or key, `hint` the next thing to do."""
 
     exit_code = 2
+    is_echo = False  # raised in another process as well, which tells it: see training/processes.py
 
     def __init__(self, what: str, *, where: object = None, hint: str | None = None) -> None:
         self.what = what

@@ -4,6 +4,7 @@ config.yaml · splits.csv · metrics.csv · tensorboard/ · last.ckpt · model.s
 evaluation-SPLIT.json · bad_files.csv · report.html
 """
 
+import hashlib
 import re
 import shlex
 import tempfile
@@ -37,10 +38,11 @@ from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, atomic_text, read_csv
 from videogru.inference.probe import Probe, probe
 from videogru.inference.report import read_curves, write_report
-from videogru.modelfile import find_model, read_card
+from videogru.modelfile import MODEL_FILE_NAME, find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
-from videogru.training.callbacks import STATE_FILE, check_resumable
 from videogru.training.fit import Trained, fit, trainable_classifier
+from videogru.training.processes import Group, is_started, joined, this_group
+from videogru.training.state import STATE_FILE
 
 Say = Callable[[str], None]
 
@@ -117,40 +119,100 @@ def _kind(data: DataConfig) -> str:
 
 
 def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outcome:
-    """Train, evaluate and report into a new run folder."""
+    """Train, evaluate and report into a new run folder.
+
+    As one of several processes (torchrun, --devices): all train, the first writes, evaluates and says, and the others'
+    outcome has the run alone.
+    """
+    with joined(this_group(config.train)) as group:
+        say = say if group.is_first else _silent
+        config, corpus = group.agreed(lambda: _prepared(config, group))
+        for note in corpus.notes:
+            say(f"note: {note}")
+        run = group.by_first(lambda: _begun_run(config, corpus, out))
+        counts = ", ".join(f"{len(corpus.manifest.rows(split))} {split}" for split in SPLITS)
+        say(f"{corpus.name}: {corpus.kind}s, {len(corpus.classes)} classes, {counts}; run folder {run}")
+        trained = fit(config, corpus, run, resume=False, progress=progress and group.is_first, say=say, group=group)
+    return _assess_trained(trained, config, corpus, run, say=say) if group.is_first else Outcome(run, {}, None)
+
+
+def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
+    """Go on with an interrupted or killed run; it must find the data and as many processes as it began with.
+
+    Where no state was saved yet it begins anew, where the training is finished it only evaluates.
+    """
+    with joined(this_group(run_config(run).train)) as group:
+        say = say if group.is_first else _silent
+        config = group.by_first(lambda: run_config(run))
+        corpus = group.agreed(lambda: open_corpus(config.data, seed=config.data.split_seed))
+        _check_same_rows(corpus, group)
+        group.by_first(lambda: _check_splits(corpus, run))
+        saved = group.by_first((run / STATE_FILE).is_file)
+        if group.is_first:
+            _remove_unfinished(run)
+        if saved:
+            say(f"going on with {run}, from its last saved step")
+        else:
+            say(f"no state was saved in {run} yet: beginning anew, with its settings")
+        trained = fit(config, corpus, run, resume=saved, progress=progress and group.is_first, say=say, group=group)
+    return _assess_trained(trained, config, corpus, run, say=say) if group.is_first else Outcome(run, {}, None)
+
+
+def _silent(text: str) -> None:
+    """What a process says that is not the first."""
+
+
+def _prepared(config: Config, group: Group) -> tuple[Config, Corpus]:
+    """The settings with what data and processes decide, and the data; refuses what does not fit together."""
     corpus = open_corpus(config.data, seed=config.data.split_seed)
-    config = config.model_copy(update={"data": config.data.for_kind(corpus.kind)})
-    for note in corpus.notes:
-        say(f"note: {note}")
+    processes = {"devices": group.local_world, "nodes": group.nodes}
+    train = config.train.model_copy(update=processes)
+    config = config.model_copy(update={"data": config.data.for_kind(corpus.kind), "train": train})
     # Settings that do not fit together must not leave a run folder behind.
-    trainable_classifier(config, corpus)
+    trainable_classifier(config, corpus, processes=group.world)
     if corpus.kind == "video":
         check_decoder(config.data.decoder)
         check_cache(config.data)
     _check_names(corpus)
+    _check_same_rows(corpus, group)
+    return config, corpus
+
+
+def _check_same_rows(corpus: Corpus, group: Group) -> None:
+    """Refuse machines that do not see the same data."""
+    manifest = corpus.manifest
+    seen = hashlib.sha256()
+    for column in (manifest.sources.blob, manifest.sources.offsets, manifest.labels, manifest.splits):
+        seen.update(np.ascontiguousarray(column).tobytes())
+    others = group.gather((corpus.classes, seen.hexdigest()))
+    differing = [rank for rank, other in enumerate(others) if other != others[0]]
+    if differing:
+        raise DataError(
+            f"process {differing[0]} sees other rows, classes or splits than process 0",
+            where=corpus.name,
+            hint="Bring the same files to every machine.",
+        )
+
+
+def _begun_run(config: Config, corpus: Corpus, out: Path | None) -> Path:
+    """A new folder with splits and settings. Settings last: with them it is a run, and `resume` takes it."""
     run = new_run(config.data.dataset, out)
+    corpus.manifest.to_csv(run / "splits.csv")
     with atomic_text(run / "config.yaml") as file:
         file.write(config.to_yaml())
-    corpus.manifest.to_csv(run / "splits.csv")
-    counts = ", ".join(f"{len(corpus.manifest.rows(split))} {split}" for split in SPLITS)
-    say(f"{corpus.name}: {corpus.kind}s, {len(corpus.classes)} classes, {counts}; run folder {run}")
-    return _train(config, corpus, run, resume=False, progress=progress, say=say)
+    return run
 
 
-def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
-    """Go on with an interrupted run; it must find the data it began with."""
-    config = run_config(run)
-    if not (run / STATE_FILE).is_file():
-        raise ConfigError(
-            "nothing to resume: no epoch was finished or saved",
-            where=run,
-            hint=f"Start anew: videogru train --config {run / 'config.yaml'}",
-        )
-    corpus = open_corpus(config.data, seed=config.data.split_seed)
-    _check_splits(corpus, run)
-    check_resumable(run / STATE_FILE)
-    say(f"going on with {run}, from its last saved step")
-    return _train(config, corpus, run, resume=True, progress=progress, say=say)
+def _remove_unfinished(run: Path) -> None:
+    """Files that a killed process was writing."""
+    for part in (*run.glob(".*.partial"), *run.glob(f".{MODEL_FILE_NAME}.*")):
+        part.unlink(missing_ok=True)
+
+
+def processes_to_start(config: Config) -> tuple[int, int] | None:
+    """(devices, nodes) where the settings want several processes and nobody started them yet."""
+    devices, nodes = config.train.devices or 1, config.train.nodes or 1
+    return (devices, nodes) if devices * nodes > 1 and not is_started() else None
 
 
 def _check_names(corpus: Corpus) -> None:
@@ -191,8 +253,7 @@ def run_config(run: Path) -> Config:
     return resolve_config((str(path), read_settings_file(path)))
 
 
-def _train(config: Config, corpus: Corpus, run: Path, *, resume: bool, progress: bool, say: Say) -> Outcome:
-    trained = fit(config, corpus, run, resume=resume, progress=progress, say=say)
+def _assess_trained(trained: Trained, config: Config, corpus: Corpus, run: Path, *, say: Say) -> Outcome:
     labels = corpus.manifest.labels
     splits: list[Split] = [split for split in ("val", "test") if (labels[corpus.manifest.rows(split)] >= 0).any()]
     commands = [_typed("train", "--config", run / "config.yaml"), _typed("eval", run)]

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from videogru.config import Config
 from videogru.data.augment import augment_batch, mix_batch
 from videogru.data.batching import EpochBatches, Loaded, OrderedBatches
-from videogru.data.dataset import ClipDataset, default_workers, make_loader
+from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
 from videogru.data.layouts import Corpus
 from videogru.sequence import SequenceBatch
 
@@ -22,9 +22,15 @@ class CorpusModule(pl.LightningDataModule):
     def __init__(self, corpus: Corpus, config: Config) -> None:
         super().__init__()
         self.corpus, self.config = corpus, config
-        self.num_workers = default_workers(corpus, config.train.num_workers)
+        self._loaders: list[ClipLoader] = []
 
-    def train_dataloader(self) -> DataLoader[Loaded]:
+    @property
+    def num_workers(self) -> int:
+        """Reader processes of this one."""
+        assert self.trainer is not None
+        return default_workers(self.corpus, self.config.train.num_workers, sharing=self.trainer.num_devices)
+
+    def train_dataloader(self) -> ClipLoader:
         """Shuffled batches; resumes inside an epoch."""
         trainer = self.trainer
         assert trainer is not None
@@ -37,18 +43,28 @@ class CorpusModule(pl.LightningDataModule):
             world=trainer.world_size,
         )
         dataset = self._dataset(training=True)
-        loader = make_loader(dataset, batches, num_workers=self.num_workers, persistent=True)
+        loader = ClipLoader(dataset, batches, num_workers=self.num_workers, persistent=True)
+        self._loaders.append(loader)
         return _resumable(loader, batches, trainer)
 
-    def val_dataloader(self) -> DataLoader[Loaded] | list[DataLoader[Loaded]]:
+    def val_dataloader(self) -> ClipLoader | DataLoader[Loaded] | list[ClipLoader]:
         """All validation rows in order, the process's share of them; none where there is no validation split."""
         trainer = self.trainer
         assert trainer is not None
-        rows: NDArray[np.int64] = self.corpus.manifest.rows("val")[trainer.global_rank :: trainer.world_size]
+        rows: NDArray[np.int64] = self.corpus.manifest.rows("val")
         if not len(rows):
             return []
+        rows = rows[trainer.global_rank :: trainer.world_size]
+        if not len(rows):
+            # More processes than rows; all of them must go through the validation.
+            return DataLoader([Loaded(0, None, ())], batch_size=None)  # type: ignore[arg-type]
         batches = OrderedBatches(rows, batch_size=self.config.train.batch_size)
-        return make_loader(self._dataset(training=False), batches, num_workers=self.num_workers)
+        return ClipLoader(self._dataset(training=False), batches, num_workers=self.num_workers)
+
+    def close(self) -> None:
+        """End the workers that are still there; after the training, however it ended."""
+        for loader in self._loaders:
+            loader.close()
 
     def on_after_batch_transfer(self, batch: Loaded, dataloader_idx: int) -> Loaded:
         """Augment training batches of video and stills on the device, and mix clips of any kind."""
@@ -78,7 +94,7 @@ class CorpusModule(pl.LightningDataModule):
         return ClipDataset(self.corpus, data=self.config.data, seed=self.config.train.seed, training=training)
 
 
-def _resumable(loader: DataLoader[Loaded], batches: EpochBatches, trainer: pl.Trainer) -> DataLoader[Loaded]:
+def _resumable(loader: ClipLoader, batches: EpochBatches, trainer: pl.Trainer) -> ClipLoader:
     """Give the loader the two methods by which Lightning stores and restores the place inside an epoch."""
 
     def state_dict() -> dict[str, Any]:

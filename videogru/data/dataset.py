@@ -1,15 +1,16 @@
 """Rows of a corpus as clips; a bad file becomes an item with its reason, never another clip."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from videogru.config import DataConfig, Kind
 from videogru.data.augment import augment_volume, sampling_draws
@@ -21,8 +22,12 @@ from videogru.data.sources import open_source, read_clip, read_clips
 from videogru.data.transforms import prepare_clip
 from videogru.data.views import ONE_VIEW, Views, check_views, crop_places
 from videogru.data.volume import to_unit_range
+from videogru.data.watchdog import Crew, Watch, may_have_workers
 from videogru.errors import SourceError
 from videogru.sequence import FrameSequence, SequenceBatch, Unit
+
+# Starting a worker costs about what it takes to read this many files.
+_ROWS_WORTH_ANOTHER_WORKER = 8
 
 
 class ClipDataset(Dataset[Loaded]):
@@ -49,28 +54,35 @@ class ClipDataset(Dataset[Loaded]):
     def __len__(self) -> int:
         return len(self.corpus.manifest)
 
-    def __getitems__(self, keys: list[Key]) -> Loaded:
+    def __getitems__(self, keys: Sequence[Key]) -> Loaded:
         """One batch; all its keys share their epoch."""
+        return self.load(keys, Watch())
+
+    def load(self, keys: Sequence[Key], watch: Watch) -> Loaded:
+        """The same as a watchdog's job: `watch` learns which row is at work, and refuses some."""
         epoch, rows = keys[0][0], [row for _, row in keys]
         if self._stills is None:
             with ExitStack() as opened:
-                return collate(epoch, [item for row in rows for item in self._items(epoch, row, opened)])
+                items = [self._items(epoch, row, opened, watch, place) for place, row in enumerate(rows)]
+            return collate(epoch, [item for some in items for item in some])
         indices = torch.tensor(rows)
         frames = torch.from_numpy(self._stills[rows])
         labels = torch.from_numpy(self.corpus.manifest.labels[rows])
         return Loaded(epoch, SequenceBatch(frames, torch.ones_like(indices), indices, labels), ())
 
-    def _items(self, epoch: int, row: int, opened: ExitStack) -> list[Item]:
+    def _items(self, epoch: int, row: int, opened: ExitStack, watch: Watch, place: int) -> list[Item]:
         label = int(self.corpus.manifest.labels[row])
         try:
-            source = self._open(row, opened)
-            index = source.positions
-            clips = self._read(source, epoch, row)
-            if source.positions is not index:
-                opened.close()  # corrected while reading: the next window must not know
+            with watch.reading(place):
+                source = self._shared(row, opened)
+                index = source.positions
+                clips = self._read(source, epoch, row)
+                if source.positions is not index:
+                    opened.close()  # corrected while reading: the next window must not know
         except SourceError as error:
             opened.close()
-            return [Item(row, label, None, str(error))]
+            where = error.where or self.corpus.manifest.path(row)
+            return [Item(row, label, None, str(SourceError(error.what, where=where, hint=error.hint)))]
         if self.training and self.corpus.kind == "volume":
             augment = self.data.augment
             clips = [
@@ -86,27 +98,29 @@ class ClipDataset(Dataset[Loaded]):
             clips = [read_clip(source, data=self.data, draws=draws, window=window)]
         else:
             clips = read_clips(source, data=self.data, num_clips=self.views[0], window=window)
-        try:
-            return [
-                prepare_clip(clip, data=self.data, pixel_aspect=source.pixel_aspect, place=place)
-                for clip in clips
-                for place in crop_places(self.views[1])
-            ]
-        except SourceError as error:
-            raise SourceError(error.what, where=source.path, hint=error.hint) from error
+        return [
+            prepare_clip(clip, data=self.data, pixel_aspect=source.pixel_aspect, place=place)
+            for clip in clips
+            for place in crop_places(self.views[1])
+        ]
 
-    def _open(self, row: int, opened: ExitStack) -> FrameSource:
+    def _shared(self, row: int, opened: ExitStack) -> FrameSource:
         """The source of a row; neighbors in a batch that are windows of one file share it."""
+        if self.corpus.arrays is not None:
+            return self._open(row)
+        path = self.corpus.manifest.path(row)
+        if self._last is None or self._last.path != path:
+            opened.close()
+            self._last = opened.enter_context(self._open(row))
+            opened.callback(self._forget)
+        return self._last
+
+    def _open(self, row: int) -> FrameSource:
         if self.corpus.arrays is not None:
             path = Path(str(self.corpus.manifest.sources[row]))
             return ArraySource(self.corpus.arrays[row], path, self.corpus.kind, self.data)
         path = self.corpus.manifest.path(row)
-        if self._last is None or self._last.path != path:
-            opened.close()
-            opener = self._cache.open if self._cache else partial(open_source, data=self.data, kind=self.corpus.kind)
-            self._last = opened.enter_context(opener(path))
-            opened.callback(self._forget)
-        return self._last
+        return self._cache.open(path) if self._cache else open_source(path, data=self.data, kind=self.corpus.kind)
 
     def _forget(self) -> None:
         self._last = None
@@ -141,28 +155,70 @@ class ArraySource:
         self.close()
 
 
-def default_workers(corpus: Corpus, asked: int | None) -> int:
-    """Reader processes: as asked, else none for stills held in memory, else one per core but one, at most 8."""
+def default_workers(corpus: Corpus, asked: int | None, *, rows: int | None = None, sharing: int = 1) -> int:
+    """Reader processes: as asked, else none for stills held in memory, else one per core but one, at most 8.
+
+    rows: how many are to be read. For few of them one worker is enough; it is there to be watched. sharing: processes
+    that train on this machine, each with readers of its own.
+    """
     if asked is not None:
         return asked
-    if corpus.arrays is not None and corpus.kind == "image":
+    if (corpus.arrays is not None and corpus.kind == "image") or not may_have_workers():
         return 0
-    return max(1, min(8, len(os.sched_getaffinity(0)) - 1)) if hasattr(os, "sched_getaffinity") else 1
+    if rows is not None and rows < _ROWS_WORTH_ANOTHER_WORKER:
+        return 0 if corpus.arrays is not None else 1
+    return max(1, min(8, len(os.sched_getaffinity(0)) // sharing - 1)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def make_loader(
-    dataset: ClipDataset, batches: Sampler[list[Key]], *, num_workers: int, persistent: bool = False
-) -> DataLoader[Loaded]:
-    """A loader of `Loaded` batches in the sampler's order, whatever the number of workers."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        num_workers=num_workers,
-        persistent_workers=persistent and num_workers > 0,
-        prefetch_factor=4 if num_workers else None,
-    )
+class ClipLoader:
+    """Iterates over `Loaded` batches in the sampler's order, whatever the number of workers.
 
+    With workers, a row whose decoder hangs (`data.decode_timeout_seconds`) or kills its process becomes a failure of
+    its batch, and is not opened again as long as the loader lives. num_workers: 0 reads here, unwatched; persistent:
+    workers outlive a pass; method: fork, spawn or forkserver. Raises DataError where workers die without reading.
+    """
 
-def _as_it_is(batch: Loaded) -> Loaded:
-    return batch
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        batches: Sampler[list[Key]],
+        *,
+        num_workers: int,
+        persistent: bool = False,
+        method: str | None = None,
+    ) -> None:
+        self.dataset, self.batches, self.num_workers = dataset, batches, num_workers
+        self.persistent, self.method = persistent, method
+        self._refused: dict[object, str] = {}
+        self._crew: Crew | None = None
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Loaded]:
+        if self.num_workers == 0:
+            for keys in self.batches:
+                yield self.dataset.load(keys, Watch())
+            return
+        if self._crew is not None and self._crew.running:  # by a pass that was left early
+            self.close()
+        crew = self._crew or self._recruit()
+        self._crew = crew if self.persistent else None
+        with contextlib.nullcontext() if self.persistent else contextlib.closing(crew):
+            yield from crew.run(self.batches)
+
+    def close(self) -> None:
+        """End the workers that outlived their pass."""
+        if self._crew is not None:
+            self._crew.close()
+            self._crew = None
+
+    def _recruit(self) -> Crew:
+        return Crew(
+            self.dataset.load,
+            num_workers=self.num_workers,
+            timeout_seconds=self.dataset.data.decode_timeout_seconds,
+            row_of=itemgetter(1),
+            method=self.method,
+            refused=self._refused,
+        )

@@ -27,6 +27,7 @@ from videogru.errors import SourceError
 from videogru.sequence import Unit
 
 MAX_CLIP_BYTES = 4 * 2**30
+MAX_FRAME_PIXELS = 2**26  # twice 8K; a damaged header claims anything
 # Demuxers that guess time stamps, or land anywhere after a seek.
 _SEQUENTIAL_FORMATS = {"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "m4v"}
 # Lists of other files: a source is one file.
@@ -72,6 +73,7 @@ class PyavVideo:
         self._pts: NDArray[np.int64] = np.empty(0, np.int64)
         self._places: list[int] = []
         self._place_of: dict[tuple[int | None, int | None], int] = {}
+        self._bytes_of: dict[int, tuple[int | None, int]] = {}  # where a packet lies in the file, and its size
         self._keys: list[_Key] = []
         self._reached = -1
         try:
@@ -124,7 +126,7 @@ class PyavVideo:
         # Damaged files make PyAV raise nearly anything: MemoryError, IndexError, AttributeError.
         except Exception as error:
             raise SourceError(
-                f"cannot be read as a video ({type(error).__name__}: {error})",
+                f"cannot be read as a video ({type(error).__name__}: {getattr(error, 'strerror', None) or error})",
                 where=self.path,
                 hint="Check that it plays; `ffmpeg -i INPUT OUTPUT.mp4` re-encodes what can be saved.",
             ) from error
@@ -132,7 +134,9 @@ class PyavVideo:
     def _open(self) -> None:
         self.close()
         # Absolute, so that no name is taken for a protocol; and no file may make us open an address.
-        self._container = av.open(str(self.path.absolute()), options={"protocol_whitelist": "file"})
+        options = {"protocol_whitelist": "file", "max_pixels": str(MAX_FRAME_PIXELS)}
+        # Titles in an old encoding are no reason to refuse a video.
+        self._container = av.open(str(self.path.absolute()), options=options, metadata_errors="replace")
         names = set(self._container.format.name.split(","))
         # FFmpeg's choice, as players show it; but never a cover picture.
         best = self._container.streams.best("video")
@@ -143,6 +147,16 @@ class PyavVideo:
             what = "is a list of other files" if names & _PLAYLISTS else "holds no video stream"
             raise SourceError(what, where=self.path, hint="Give a file that holds the video itself.")
         self._stream = streams[0]
+        codec = self._stream.codec_context
+        if codec is None:
+            raise SourceError("is in a codec that FFmpeg does not know", where=self.path, hint="Re-encode it.")
+        if codec.width * codec.height > MAX_FRAME_PIXELS:
+            raise SourceError(
+                f"declares frames of {codec.width}x{codec.height}, more than {MAX_FRAME_PIXELS >> 20} megapixels",
+                where=self.path,
+                hint="The header may be damaged; if not, make the video smaller first.",
+            )
+        codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
         # Speed comes from worker processes; threads cost a third more and can lock up on damaged files.
         self._stream.thread_type = "NONE"
         self._stream.codec_context.thread_count = 1
@@ -157,15 +171,19 @@ class PyavVideo:
         for place, packet in enumerate(self._container.demux(stream)):
             if first is None:
                 try:
-                    first = next((frame for frame in packet.decode() if not frame.is_corrupt), None)
-                except FFmpegError:
-                    first = None  # A later packet may begin the stream.
+                    frames = packet.decode()
+                except FFmpegError:  # A later packet may begin the stream.
+                    frames, trusted = [], False
+                first = next((frame for frame in frames if not frame.is_corrupt), None)
+                # What a decoder makes of damage depends on all that it had before.
+                trusted = trusted and not any(frame.is_corrupt for frame in frames)
             if packet.size == 0 or packet.is_corrupt:
                 continue
             if packet.pts is None:
                 trusted = False
                 continue
-            self._place_of[packet.pts, packet.dts] = place
+            self._place_of[packet.pts, packet.dts] = self._place_of[packet.pts, None] = place
+            self._bytes_of[place] = packet.pos, packet.size
             if packet.is_keyframe:
                 self._keys.append(_Key(place, packet.pts, packet.dts))
             # VP8 keeps frames that are only referred to in packets of their own.
@@ -271,7 +289,7 @@ class PyavVideo:
             self._container.seek(target, stream=self._stream, backward=True, any_frame=False)
             packets = self._container.demux(self._stream)
             packet = next(packets, None)
-            landed = None if packet is None else self._place_of.get((packet.pts, packet.dts))
+            landed = None if packet is None else self._place(packet)
             if landed is not None and landed <= key.place:
                 break
         else:
@@ -279,7 +297,11 @@ class PyavVideo:
         last = key.pts - 1
         self._reached = key.place
         while packet is not None:
-            self._reached = max(self._reached, self._place_of.get((packet.pts, packet.dts), self._reached))
+            place = self._place(packet)
+            # A damaged index may give other packets these stamps.
+            if place is not None and self._bytes_of[place] != (packet.pos, packet.size):
+                raise _BrokenPromise
+            self._reached = self._reached if place is None else max(self._reached, place)
             for frame in packet.decode():
                 if frame.is_corrupt or (frame.pts is not None and frame.pts < key.pts):
                     continue
@@ -288,6 +310,10 @@ class PyavVideo:
                 last = frame.pts
                 yield frame
             packet = next(packets, None)
+
+    def _place(self, packet: Any) -> int | None:
+        """Where a packet stands in decoding order. After a seek, Matroska's demuxer may not know its dts again."""
+        return self._place_of.get((packet.pts, packet.dts), self._place_of.get((packet.pts, None)))
 
     def _read_in_order(self, chosen: list[int]) -> list[NDArray[np.uint8]]:
         """The same frames after a broken promise, found by their time stamps in one pass over the whole stream."""
@@ -309,7 +335,8 @@ class PyavVideo:
     ) -> tuple[dict[int, NDArray[np.uint8]], list[int | None]]:
         """Decode the stream from start to end and index it anew; returns the wanted frames by order, and all stamps.
 
-        Where stamps are missing or do not increase, frames are placed at the stream's average rate.
+        Frames that share a stamp are spread until the next one. Where stamps are missing or go back, frames are placed
+        at the stream's average rate.
         """
         found: dict[int, NDArray[np.uint8]] = {}
         stamps: list[int | None] = []
@@ -322,8 +349,10 @@ class PyavVideo:
         if not stamps:
             raise SourceError("not one frame can be decoded", where=self.path, hint="Check that it plays.")
         base, rate = self._stream.time_base, self._stream.average_rate
-        if _increasing(stamps):
-            positions = np.array(stamps, np.int64) * base.numerator / base.denominator
+        spread = _spread(stamps)
+        if spread is not None:
+            positions = spread * base.numerator / base.denominator
+            duration = duration if _increasing(stamps) else 0
         elif rate:
             start = min((pts for pts in stamps if pts is not None), default=0) * base.numerator / base.denominator
             positions = start + np.arange(len(stamps)) * rate.denominator / rate.numerator
@@ -371,6 +400,20 @@ class PyavVideo:
 def _increasing(stamps: list[int | None]) -> bool:
     known = [pts for pts in stamps if pts is not None]
     return len(known) == len(stamps) and all(a < b for a, b in pairwise(known))
+
+
+def _spread(stamps: list[int | None]) -> NDArray[np.float64] | None:
+    """Increasing places in ticks where stamps at most repeat, as 0 0 2 4 4 4 -> 0 1 2 4 4.67 5.33; None elsewhere."""
+    known = np.array([pts for pts in stamps if pts is not None], np.int64)
+    if len(known) != len(stamps) or (np.diff(known) < 0).any():
+        return None
+    starts, group, counts = np.unique(known, return_inverse=True, return_counts=True)
+    if len(starts) == 1 < len(known):
+        return None
+    gaps = np.diff(starts)
+    gaps = np.append(gaps, np.median(gaps) if len(gaps) else 0)
+    first = np.cumsum(counts) - counts
+    return np.asarray(known + (np.arange(len(known)) - first[group]) * gaps[group] / counts[group])
 
 
 def _turn(frame: Any) -> tuple[bool, bool, bool]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from videogru.config import DataConfig
 from videogru.data.batching import OrderedBatches
-from videogru.data.dataset import ClipDataset, default_workers, make_loader
+from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.video import check_decoder
@@ -21,9 +21,6 @@ from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
 
 Change = Callable[[SequenceBatch], SequenceBatch]
-
-# Starting a worker costs about what it takes to read this many files.
-_FILES_WORTH_A_WORKER = 8
 
 
 class Predictor:
@@ -59,7 +56,8 @@ class Predictor:
         """Probabilities of `rows` in their order; a source that cannot be read becomes a row with its error.
 
         views: clips times crops of each source, whose probabilities are averaged; tick: called with the number of rows
-        finished since the last call. Raises ConfigError where the model's sources have no such views.
+        finished since the last call; num_workers: 0 reads in this process, where a decoder that hangs or crashes cannot
+        be ended; None takes one or more. Raises ConfigError where the model's sources have no such views.
         """
         same: dict[str, Change] = {"": lambda batch: batch}
         return self.predict_changed(
@@ -90,11 +88,9 @@ class Predictor:
         dataset = ClipDataset(corpus, data=self.data, views=views)
         if corpus.kind == "video":
             check_decoder(self.data.decoder)
-        workers = default_workers(corpus, num_workers)
-        if num_workers is None and len(rows) < _FILES_WORTH_A_WORKER:
-            workers = 0
+        workers = default_workers(corpus, num_workers, rows=len(rows))
         batches = OrderedBatches(rows, batch_size=max(1, batch_size // (views[0] * views[1])))
-        loader = make_loader(dataset, batches, num_workers=workers)
+        loader = ClipLoader(dataset, batches, num_workers=workers)
         for loaded in loader:
             for name, change in changes.items():
                 for row, reason in loaded.failures:

@@ -1,26 +1,19 @@
-"""What happens around the optimization: scores per epoch, the best model, the saved state, a graceful stop."""
+"""What happens around the optimization: scores per epoch, the best model, early stopping, files that cannot be read."""
 
 import csv
+import io
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.callbacks import Callback
 
 from videogru.config import TrainConfig
-from videogru.errors import DataError, Interrupted
+from videogru.errors import DataError
 from videogru.training.task import SequenceTask
-
-STATE_FILE = "last.ckpt"
 
 
 class Scores(Callback):
@@ -42,6 +35,7 @@ class Scores(Callback):
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.seconds = 0.0
+        self.stopped = False  # early
         self._started = 0.0  # of the epoch in progress; 0 between epochs
         self._before = 0.0  # seconds of that epoch before the run was interrupted
         self._val: dict[str, float] = {}
@@ -49,12 +43,23 @@ class Scores(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know of the epochs before."""
         elapsed = self._before + (time.monotonic() - self._started if self._started else 0.0)
-        return {"history": self.history, "best": self.best, "seconds": self.seconds, "elapsed": elapsed}
+        return {
+            "history": self.history,
+            "best": self.best,
+            "seconds": self.seconds,
+            "elapsed": elapsed,
+            "stopped": self.stopped,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self.history, self.best, self.seconds = state_dict["history"], state_dict["best"], state_dict["seconds"]
-        self._before = state_dict.get("elapsed", 0.0)
+        self._before, self.stopped = state_dict.get("elapsed", 0.0), state_dict.get("stopped", False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no epoch is left to train."""
+        return self.stopped or (bool(self.history) and self.history[-1]["epoch"] + 1 >= self.config.epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of an epoch that goes on in its middle, which Lightning does not start again."""
@@ -112,17 +117,16 @@ class Scores(Callback):
         patience = self.config.early_stopping
         if patience and self.best and row["epoch"] - self.best["epoch"] >= patience:
             self.say(f"no better validation score for {patience} epochs: stopping")
-            trainer.should_stop = True
+            self.stopped = trainer.should_stop = True
 
     def _write(self) -> None:
         names = list(dict.fromkeys(name for row in self.history for name in row))
-        part = self.run / "metrics.csv.part"
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            for row in self.history:
-                writer.writerow({n: int(v) if n in ("epoch", "step") else f"{v:.6g}" for n, v in row.items()})
-        part.replace(self.run / "metrics.csv")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        for row in self.history:
+            writer.writerow({n: int(v) if n in ("epoch", "step") else f"{v:.6g}" for n, v in row.items()})
+        _replace(self.run / "metrics.csv", text.getvalue())
 
     def _line(self, row: dict[str, float], trainer: pl.Trainer) -> str:
         done, epochs = int(row["epoch"]) + 1, self.config.epochs
@@ -149,107 +153,48 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-@contextmanager
-def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Give SIGINT and SIGTERM to `handler`, and back to their own at the end; in the main thread only."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, usual in before.items():
-            signal.signal(number, usual)
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.partial")
+    part.write_text(text, encoding="utf-8", newline="")
+    part.replace(path)
 
 
-class SaveState(Checkpoint):
-    """Saves all that a resumed run needs after every epoch, and in mid-epoch when the user or the system asks to stop.
-
-    The first Ctrl-C (SIGINT) or SIGTERM ends the run after the step in progress, with its state saved; the second ends
-    it at once. A Checkpoint by type, so that Lightning calls it after all others.
-    """
-
-    def __init__(self, run: Path, *, say: Callable[[str], None]) -> None:
-        self.path, self.say = run / STATE_FILE, say
-        self.stop: int | None = None
-
-    @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Take the two signals, where this is the main thread (only there Python allows it); give them back after.
-
-        Around the trainer, not in a hook: Lightning puts back, as it ends, the handlers it found.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        with stop_signals(self._ask):
-            yield
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take SIGTERM back from Lightning, which would leave in mid-validation without saving."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.stop is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.stop = number
-        self.say("stopping after this step, then saving; once more to stop at once")
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save and leave if asked to; the last batch of an epoch is left to the end of the epoch."""
-        if self.stop is not None and not trainer.is_last_batch:
-            self._save(trainer)
-            raise Interrupted("interrupted; the state is saved", where=self.path)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save; leave if asked to."""
-        self._save(trainer)
-        if self.stop is not None:
-            raise Interrupted("interrupted; the state is saved", where=self.path)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        part = self.path.with_suffix(".part")
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            part.replace(self.path)
-
-
-def check_resumable(path: Path) -> None:
-    """Raises DataError where a saved state is damaged; opens it without running what a pickle might hold."""
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    # A cut file raises nearly anything.
-    except Exception as error:
-        # Not in torch's words, which advise to unpickle it.
-        hint = f"Start anew: videogru train --config {path.parent / 'config.yaml'}"
-        raise DataError(
-            f"the saved state is damaged or foreign ({type(error).__name__})", where=path, hint=hint
-        ) from error
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 class BadFiles:
-    """Training files that could not be read: listed in bad_files.csv, counted once each, and too many stop the run."""
+    """Training files that could not be read: listed in bad_files.csv, counted once each, and too many stop the run.
 
-    def __init__(self, run: Path, sources: Callable[[int], str], *, limit: int, say: Callable[[str], None]) -> None:
+    writes: False in a process that leaves the file to another; it counts all the same.
+    """
+
+    def __init__(
+        self, run: Path, sources: Callable[[int], str], *, limit: int, say: Callable[[str], None], writes: bool = True
+    ) -> None:
         self.path, self.sources, self.limit, self.say = run / "bad_files.csv", sources, limit, say
+        self.writes = writes
         self.reasons: dict[int, str] = {}
         if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                self.reasons = {int(line["row"]): line["reason"] for line in csv.DictReader(file)}
+            # A line without an end was being written when the run was killed; its file will be met again.
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            if writes and whole != lines:
+                _replace(self.path, "".join(whole))
+            self.reasons = {int(line["row"]): line["reason"] for line in csv.DictReader(whole)}
 
     def add(self, row: int, reason: str) -> None:
         """Note one; raises DataError when there are more than `limit`."""
         if row in self.reasons:
             return
         self.reasons[row] = reason
-        fresh = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if fresh:
-                writer.writerow(["row", "source", "reason"])
-            writer.writerow([row, self.sources(row), reason])
+        if self.writes:
+            fresh = not self.path.exists() or not self.path.stat().st_size
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                if fresh:
+                    writer.writerow(["row", "source", "reason"])
+                writer.writerow([row, _one_line(self.sources(row)), _one_line(reason)])
         self.say(f"skipped, cannot be read: {reason}")
         if len(self.reasons) > self.limit:
             raise DataError(

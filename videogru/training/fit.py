@@ -1,5 +1,6 @@
 """One training, from a corpus and a config to a model file."""
 
+import inspect
 import logging
 import os
 import random
@@ -8,12 +9,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from videogru.config import Config
 from videogru.data.batching import EpochBatches
@@ -22,10 +27,13 @@ from videogru.data.layouts import Corpus
 from videogru.errors import ConfigError, DataError, Interrupted
 from videogru.modelfile import MODEL_FILE_NAME, ModelCard, make_card, write_model
 from videogru.models.classifier import Classifier
-from videogru.training.callbacks import STATE_FILE, BadFiles, SaveState, Scores
+from videogru.training.callbacks import BadFiles, Scores
 from videogru.training.compiling import check_compiles
 from videogru.training.groups import muon_groups
 from videogru.training.memory import keep_freed_memory
+from videogru.training.norms import share_norms
+from videogru.training.processes import ALONE, Group, noticing_lost_processes
+from videogru.training.state import STATE_FILE, SaveState, StateFile, load_classifier, read_state
 from videogru.training.task import SequenceTask
 
 # Of ImageNet for color; gray volumes arrive in 0..1 with much background.
@@ -60,15 +68,22 @@ def build_classifier(config: Config, num_classes: int) -> Classifier:
     )
 
 
-def trainable_classifier(config: Config, corpus: Corpus) -> Classifier:
+def trainable_classifier(config: Config, corpus: Corpus, *, processes: int = 1) -> Classifier:
     """A fresh classifier, after all that can be refused before a run folder is made and an hour spent.
 
     Raises DataError where there are no training rows, ConfigError where the settings do not fit together, the data or
     the machine.
     """
     train = config.train
-    if not len(corpus.manifest.rows("train")):
+    rows = len(corpus.manifest.rows("train"))
+    if not rows:
         raise DataError("no training rows", where=corpus.name)
+    if rows < processes:
+        raise ConfigError(
+            f"{rows} training rows cannot be shared by {processes} processes",
+            where="train.devices, train.nodes",
+            hint="Train with fewer: --devices 1",
+        )
     if train.early_stopping and not len(corpus.manifest.rows("val")):
         raise ConfigError(
             "train.early_stopping needs validation rows, and there are none",
@@ -83,52 +98,105 @@ def trainable_classifier(config: Config, corpus: Corpus) -> Classifier:
 
 
 def fit(
-    config: Config, corpus: Corpus, run: Path, *, resume: bool, progress: bool, say: Callable[[str], None]
+    config: Config,
+    corpus: Corpus,
+    run: Path,
+    *,
+    resume: bool,
+    progress: bool,
+    say: Callable[[str], None],
+    group: Group = ALONE,
 ) -> Trained:
     """Train and leave model.safetensors, metrics.csv, last.ckpt and TensorBoard logs in `run`.
 
-    config: resolved for the corpus's kind; resume: go on from last.ckpt; progress: draw a bar. Ctrl-C and SIGTERM save
-    and raise Interrupted. Raises DataError where too many files are bad, and what `trainable_classifier` raises.
+    config: resolved for the corpus's kind; resume: go on from last.ckpt; progress: draw a bar; group: the processes
+    that all call this and train together, of which the first writes. Ctrl-C and SIGTERM save and raise Interrupted.
+    Raises DataError where too many files are bad or the saved state cannot be used, ProcessLost, and what
+    `trainable_classifier` raises.
     """
     train = config.train
     rows = corpus.manifest.rows("train")
     random.seed(train.seed)
     np.random.seed(train.seed % 2**32)
-    classifier = trainable_classifier(config, corpus)
+    classifier = group.agreed(lambda: trainable_classifier(config, corpus, processes=group.world))
+    facts = _facts(config, corpus, group)
+    state = group.by_first(lambda: read_state(run / STATE_FILE, classifier, facts)) if resume else None
     if train.gradient_checkpointing:
         classifier.use_checkpointing(train.checkpoint_steps)
-    steps = len(EpochBatches(rows, batch_size=train.batch_size, seed=0, epoch=lambda: 0))
-    bad = BadFiles(run, lambda row: str(corpus.manifest.sources[row]), limit=config.data.max_bad, say=say)
+    if group.world > 1:
+        share_norms(classifier)
+    steps = len(EpochBatches(rows, batch_size=train.batch_size, seed=0, epoch=lambda: 0, world=group.world))
+    sources = corpus.manifest.sources
+    limit = config.data.max_bad
+    bad = BadFiles(run, lambda row: str(sources[row]), limit=limit, say=say, writes=group.is_first)
+    bad.reasons = group.by_first(lambda: bad.reasons)
     counts = np.bincount(corpus.manifest.labels[rows], minlength=len(corpus.classes)).tolist()
-    task = SequenceTask(classifier, train, class_counts=counts, total_steps=steps * train.epochs, failed=bad.add)
+    task = SequenceTask(
+        classifier, train, class_counts=counts, total_steps=steps * train.epochs, failed=bad.add, group=group
+    )
 
     def save(scores: dict[str, float]) -> None:
         write_model(run / MODEL_FILE_NAME, classifier, _card(classifier, config, corpus, scores))
 
     scores = Scores(run, train, say=say, save=save)
+    if state is not None:
+        scores.load_state_dict(state["callbacks"]["Scores"])
+    started = time.monotonic()
+    if state is not None and scores.finished:
+        say("the training is finished already")
+        load_classifier(classifier, state)
+    else:
+        _optimize(task, config, corpus, run, scores, state, facts, steps=steps, progress=progress, say=say)
+    if group.is_first and (train.keep == "last" or not scores.best):
+        save({"epoch": float(len(scores.history) - 1), **_last_scores(scores)})
+    seconds = scores.seconds or time.monotonic() - started
+    return Trained(run / MODEL_FILE_NAME, scores.best, len(scores.history), seconds, len(bad.reasons))
+
+
+def _optimize(
+    task: SequenceTask,
+    config: Config,
+    corpus: Corpus,
+    run: Path,
+    scores: Scores,
+    state: dict[str, Any] | None,
+    facts: dict[str, Any],
+    *,
+    steps: int,
+    progress: bool,
+    say: Callable[[str], None],
+) -> None:
+    train, group = config.train, task.group
     # Scores first: see its docstring.
     callbacks: list[Callback] = [scores]
     if train.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=train.ema_decay, use_buffers=True))
     if progress:
         callbacks.append(TQDMProgressBar(leave=False))
-    state = SaveState(run, say=say)
-    callbacks.append(state)
+    file = StateFile(state)
+    saving = SaveState(run, file, every_minutes=train.save_every_minutes, facts=facts, say=say, group=group)
+    callbacks.append(saving)
     if train.compile:
-        classifier.encoder.compile()  # in place: names of tensors and the model file stay as they are
+        task.classifier.encoder.compile()  # in place: names of tensors and the model file stay as they are
     if not torch.cuda.is_available():
         keep_freed_memory()
-    started = time.monotonic()
-    with warnings.catch_warnings():
+    several: dict[str, Any] = {}
+    plugins: list[Any] = [file]
+    if group.world > 1:
+        # The norms' running statistics are equal everywhere, and validation has no collective operations.
+        several = {"strategy": DDPStrategy(**{_buffers_option(): False}), "num_nodes": group.nodes}
+        plugins.append(TorchElasticEnvironment())
+    with warnings.catch_warnings(), noticing_lost_processes(group):
         _quiet_lightning()
         trainer = pl.Trainer(
             max_epochs=train.epochs,
             accelerator="auto",
-            devices=1,
+            devices=group.local_world,
             precision=precision(train.precision),
             gradient_clip_val=train.clip_norm or None,
             logger=TensorBoardLogger(run, name="tensorboard", version=""),
             callbacks=callbacks,
+            plugins=plugins,
             enable_checkpointing=True,
             enable_progress_bar=progress,
             enable_model_summary=False,
@@ -137,20 +205,42 @@ def fit(
             use_distributed_sampler=False,
             log_every_n_steps=1,
             default_root_dir=run,
+            **several,
         )
-        say(f"training on {trainer.strategy.root_device}, {trainer.precision} precision, {steps} steps an epoch")
-        checkpoint = run / STATE_FILE if resume else None
+        # Its handler of SIGTERM would leave in mid-validation, and send to the other processes unasked.
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        among = f", {group.world} processes" if group.world > 1 else ""
+        say(f"training on {trainer.strategy.root_device}{among}, {trainer.precision} precision, {steps} steps an epoch")
+        module = CorpusModule(corpus, config)
         try:
-            with state.listen():
-                trainer.fit(task, CorpusModule(corpus, config), ckpt_path=checkpoint, weights_only=True)
+            with saving.listen():
+                checkpoint = None if state is None else run / STATE_FILE
+                trainer.fit(task, module, ckpt_path=checkpoint, weights_only=True)
+            if saving.stop is not None:
+                raise Interrupted("interrupted; the training is finished", where=run)
         except Interrupted as error:
-            raise Interrupted(
-                error.what, where=error.where, hint=f"Go on with: videogru train --resume {run}"
-            ) from error
-    if train.keep == "last" or not scores.best:
-        save({"epoch": float(trainer.current_epoch - 1), **_last_scores(scores)})
-    seconds = scores.seconds or time.monotonic() - started
-    return Trained(run / MODEL_FILE_NAME, scores.best, len(scores.history), seconds, len(bad.reasons))
+            hint = f"Go on with: videogru train --resume {run}"
+            raise Interrupted(error.what, where=error.where, hint=hint) from error
+        finally:
+            module.close()
+
+
+def _buffers_option() -> str:
+    """DDP's option to send buffers before each step, under its new name or the one before."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    return "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+
+
+def _facts(config: Config, corpus: Corpus, group: Group) -> dict[str, Any]:
+    """What a saved state and the run that goes on from it must share, in words for an error."""
+    return {
+        "processes": group.world,
+        "batch size": config.train.batch_size,
+        "seed": config.train.seed,
+        "training rows": len(corpus.manifest.rows("train")),
+        "model settings": config.model.model_dump_json(exclude={"weights"}),
+        "classes": list(corpus.classes),
+    }
 
 
 def _last_scores(scores: Scores) -> dict[str, float]:
@@ -207,6 +297,7 @@ def _quiet_lightning() -> None:
         ".*Trying to infer the `batch_size`.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*weights_only.*",
+        ".*recommended to use.*sync_dist=True.*",  # the scores are those of all processes
         ".*Checkpoint directory.*exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
@@ -13,16 +14,19 @@ from torchmetrics.functional.classification import binary_auroc
 from videogru.config import TrainConfig
 from videogru.data.batching import Loaded
 from videogru.models.classifier import Classifier
+from videogru.sequence import SequenceBatch
 from videogru.shapes import Labels, Logits
 from videogru.training.groups import decay_groups, muon_groups
 from videogru.training.muon import Muon
+from videogru.training.norms import count_maps
+from videogru.training.processes import ALONE, Group
 
 
 class SequenceTask(pl.LightningModule):
     """The article's recipe with options: label smoothing, class weights, warm-up and cosine or constant rate.
 
     class_counts: training rows per class; total_steps: of the whole training, for the schedule; failed: called with
-    (row, reason) of every training clip that could not be read.
+    (row, reason) of every training clip that could not be read; group: the processes that share each batch.
     """
 
     def __init__(
@@ -33,37 +37,83 @@ class SequenceTask(pl.LightningModule):
         class_counts: list[int],
         total_steps: int,
         failed: Callable[[int, str], None],
+        group: Group = ALONE,
     ) -> None:
         super().__init__()
-        self.classifier, self.config, self.failed = classifier, config, failed
+        self.classifier, self.config, self.failed, self.group = classifier, config, failed, group
         self.total_steps = total_steps
         weights = class_weights(class_counts) if config.class_weights == "balanced" else None
         self.register_buffer("class_weights", weights, persistent=False)
         self._train = _Running()
         self._val_probabilities: list[torch.Tensor] = []
         self._val_labels: list[torch.Tensor] = []
+        self._val_rows: list[torch.Tensor] = []
 
     def training_step(self, loaded: Loaded, batch_idx: int) -> torch.Tensor | None:
-        """The loss of one batch; None (no step) where not one of its clips could be read."""
-        for row, reason in loaded.failures:
-            self.failed(row, reason)
-        if loaded.batch is None or loaded.batch.labels is None:
+        """The loss of one batch; None (no step) where not one of its clips could be read.
+
+        With several processes the loss is the process's part of the mean over all their clips, times their number: the
+        gradients, of which DDP takes the mean, then are those of one process with the whole batch.
+        """
+        clips = 0 if loaded.batch is None else len(loaded.batch)
+        all_clips, failures = self.group.total(clips, len(loaded.failures))
+        if failures:
+            for row, reason in (failure for part in self.group.gather(loaded.failures) for failure in part):
+                self.failed(row, reason)
+        if not all_clips:
             return None
         # Dropout then depends on (seed, step) alone, so that a resumed run repeats the uninterrupted one.
         torch.manual_seed((self.config.seed * 1_000_003 + self.global_step) * 4096 + self.global_rank)
-        batch, labels = loaded.batch, loaded.batch.labels
+        if self.group.world > 1:
+            count_maps(self.classifier, counted=clips > 0)
+        batch = loaded.batch or self._stand_in()
+        labels = batch.labels
+        assert labels is not None
         logits = self.classifier(batch.frames, batch.lengths)
-        weights, smoothing = self.class_weights, self.config.label_smoothing
-        if batch.others is None or batch.shares is None:
-            loss = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
-        else:
-            loss = mixed_cross_entropy(
-                logits, labels, batch.others, batch.shares, weight=weights, label_smoothing=smoothing
-            )
+        loss = self._loss(logits, batch)
         if self.trainer.progress_bar_callback is not None:
             self.log("loss", loss.detach(), prog_bar=True, batch_size=len(labels), logger=False)
-        self._train.add(loss.detach(), (logits.detach().argmax(dim=1) == labels).sum(), len(labels))
+        if self.group.world == 1:
+            total = loss.detach() * clips
+        else:
+            part = self._part(batch, clips, int(all_clips))
+            total = loss.detach() * part * all_clips
+            loss = loss * part * self.group.world
+        if clips:
+            self._train.add(total, (logits.detach().argmax(dim=1) == labels).sum(), clips)
         return loss
+
+    def _loss(self, logits: Logits, batch: SequenceBatch) -> torch.Tensor:
+        weights, smoothing, labels = self.class_weights, self.config.label_smoothing, batch.labels
+        assert labels is not None
+        if batch.others is None or batch.shares is None:
+            return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
+        return mixed_cross_entropy(
+            logits, labels, batch.others, batch.shares, weight=weights, label_smoothing=smoothing
+        )
+
+    def _part(self, batch: SequenceBatch, clips: int, all_clips: int) -> torch.Tensor | float:
+        """What this process's mean loss counts in the mean over all: by clips, or by the weights of their classes."""
+        weights, labels = self.class_weights, batch.labels
+        if weights is None or labels is None:
+            return clips / all_clips
+        own = weights[labels]
+        if batch.others is not None and batch.shares is not None:
+            own = batch.shares * own + (1 - batch.shares) * weights[batch.others]
+        mine = own.sum() if clips else own.new_zeros(())
+        total = mine.clone()
+        dist.all_reduce(total)
+        share: torch.Tensor = mine / total
+        return share
+
+    def _stand_in(self) -> SequenceBatch:
+        """One black frame, for a process that could read nothing while others could: it must not stay behind."""
+        net = self.classifier
+        one = torch.ones(1, dtype=torch.int64, device=self.device)
+        # A class without rows weighs nothing, and its mean loss would be 0 / 0.
+        label = one - 1 if self.class_weights is None else self.class_weights.argmax().view(1)
+        frames = torch.zeros(1, 1, net.in_channels, net.frame_size, net.frame_size, device=self.device)
+        return SequenceBatch(frames, one, one - 1, label)
 
     def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
         """Collect probabilities; scores are computed over the whole split, never averaged over batches."""
@@ -72,27 +122,37 @@ class SequenceTask(pl.LightningModule):
         logits = self.classifier(loaded.batch.frames, loaded.batch.lengths)
         self._val_probabilities.append(logits.float().softmax(dim=1))
         self._val_labels.append(loaded.batch.labels)
+        self._val_rows.append(loaded.batch.indices)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was summed over the epoch in progress."""
-        checkpoint["running"] = self._train.state()
+        """Keep what was summed over the epoch in progress, by all processes."""
+        checkpoint["running"] = tuple(self.group.total(*self._train.state()))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from it."""
-        self._train = _Running(*checkpoint.get("running", ()))
+        """Go on from it, in the first process."""
+        self._train = _Running(*checkpoint.get("running", ())) if self.group.is_first else _Running()
 
     def training_scores(self) -> dict[str, float]:
-        """Loss and accuracy over the epoch so far; clears them."""
-        scores = self._train.scores()
+        """Loss and accuracy over the epoch so far, of all processes; clears them."""
+        loss, hits, clips = self.group.total(*self._train.state())
         self._train = _Running()
-        return scores
+        return {"train_loss": loss / clips, "train_accuracy": hits / clips} if clips else {}
 
     def validation_scores(self) -> dict[str, float]:
-        """Loss, accuracy and (two classes) AUROC over all of the validation split; clears what was collected."""
-        if not self._val_labels:
+        """Loss, accuracy and (two classes) AUROC over all of the validation split; clears what was collected.
+
+        Every process scores what all of them predicted, in the order of the rows.
+        """
+        mine = [torch.cat(part) for part in (self._val_rows, self._val_labels, self._val_probabilities) if part]
+        self._val_rows, self._val_labels, self._val_probabilities = [], [], []
+        if self.group.world > 1:
+            parts = [part for part in self.group.gather([tensor.cpu() for tensor in mine]) if part]
+            mine = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        if not mine:
             return {}
-        probabilities, labels = torch.cat(self._val_probabilities), torch.cat(self._val_labels)
-        self._val_probabilities, self._val_labels = [], []
+        rows, labels, probabilities = mine
+        order = rows.argsort()
+        labels, probabilities = labels[order], probabilities[order]
         scores = {
             "val_loss": float(F.nll_loss(probabilities.clamp_min(1e-12).log(), labels)),
             "val_accuracy": float((probabilities.argmax(dim=1) == labels).float().mean()),
@@ -155,21 +215,16 @@ def mixed_cross_entropy(
 class _Running:
     """Sums on the device; reading them would wait for the GPU, so that happens once an epoch."""
 
-    def __init__(self, loss: float = 0.0, hits: int = 0, clips: int = 0) -> None:
+    def __init__(self, loss: float = 0.0, hits: float = 0.0, clips: float = 0.0) -> None:
         self.loss: torch.Tensor | float = loss
-        self.hits: torch.Tensor | int = hits
+        self.hits: torch.Tensor | float = hits
         self.clips = clips
 
-    def state(self) -> tuple[float, int, int]:
-        return float(self.loss), int(self.hits), self.clips
+    def state(self) -> tuple[float, float, float]:
+        return float(self.loss), float(self.hits), float(self.clips)
 
     def add(self, loss: torch.Tensor, hits: torch.Tensor, clips: int) -> None:
-        self.loss, self.hits, self.clips = self.loss + loss * clips, self.hits + hits, self.clips + clips
-
-    def scores(self) -> dict[str, float]:
-        if not self.clips:
-            return {}
-        return {"train_loss": float(self.loss) / self.clips, "train_accuracy": float(self.hits) / self.clips}
+        self.loss, self.hits, self.clips = self.loss + loss, self.hits + hits, self.clips + clips
 
 
 def class_weights(counts: list[int]) -> torch.Tensor:

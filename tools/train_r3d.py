@@ -1,0 +1,168 @@
+"""Train torchvision's r3d_18 from scratch on the clips of a video run: same splits, sampling, size and augmentation.
+
+    python tools/train_r3d.py RUN --out runs/r3d-digits [--epochs N] [--minutes M]
+
+RUN is a finished `videogru train` folder, whose config.yaml says what is read and for how many epochs. Clips of fewer
+frames than --steps repeat some, longer ones lose some (nearest in time), as a 3-D convolution wants equal lengths. The
+best validation epoch is kept, as in RUN where it does so. State is saved after every epoch: run it again to go on.
+For the same time as RUN instead of the same epochs, give the --epochs that tools/video_table.py tells.
+
+Leaves what a run has: metrics.csv, predictions-test.csv, evaluation-test.json, and weights.safetensors.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from measuring import INTERRUPTED, Parser, exit_code
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.models.video import r3d_18
+
+from videogru.config import Config
+from videogru.data.batching import EpochBatches
+from videogru.data.datamodule import CorpusModule
+from videogru.data.layouts import Corpus, open_corpus
+from videogru.errors import DataError
+from videogru.inference.evaluate import evaluate
+from videogru.inference.predict import Predictor
+from videogru.modelfile import ModelCard, find_model, read_card
+from videogru.models.classifier import Normalize
+from videogru.runs import run_config
+from videogru.training.callbacks import Scores
+from videogru.training.fit import precision
+from videogru.training.task import SequenceTask
+
+WEIGHTS = "weights.safetensors"
+
+
+class R3D(nn.Module):
+    """r3d_18 (Tran et al. 2018, arXiv:1711.11248) behind the Classifier's interface: (B T C H W), (B,) -> (B K)."""
+
+    def __init__(self, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...], steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.normalize = Normalize(mean, std)
+        self.net = r3d_18(weights=None, num_classes=num_classes).to(memory_format=torch.channels_last_3d)
+
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Logits; each clip's valid steps are stretched to `steps` by the nearest in time, gray is repeated."""
+        places = (torch.arange(self.steps, device=frames.device) + 0.5) / self.steps
+        chosen = (places * lengths.unsqueeze(1)).long()
+        clips = frames[torch.arange(len(frames), device=frames.device).unsqueeze(1), chosen]
+        clips = self.normalize(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+        clips = clips.expand(-1, -1, 3, -1, -1).transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
+        logits: torch.Tensor = self.net(clips)
+        return logits.float()
+
+
+class Clock(Callback):
+    """Stops after the epoch in which this call has used its seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.over = False
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the clock, unless the training is over anyway."""
+        if time.monotonic() >= self.end and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            self.over = trainer.should_stop = True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, evaluate, write; the exit code."""
+    parser = Parser(prog="train_r3d.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="finished run folder of a video model")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--epochs", type=int, help="default: as RUN")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of Adam, default 1e-3")
+    parser.add_argument("--steps", type=int, default=12, help="frames that the net sees of a clip, default 12")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of training in this call; default: no limit")
+    options = parser.parse_args(arguments)
+    return exit_code("train_r3d.py", lambda: work(options), kept="run me again to go on")
+
+
+def work(options: Any) -> int:
+    """Train to the end, or until the call's time is over; then predict and evaluate the test split."""
+    config, card = run_config(options.run), read_card(find_model(options.run))
+    if card.kind != "video":
+        raise DataError(f"this run reads {card.kind}s, r3d_18 reads videos", where=options.run)
+    epochs = options.epochs or config.train.epochs
+    train = config.train.model_copy(update={"epochs": epochs, "lr": options.lr, "optimizer": "adam", "ema_decay": 0.0})
+    config = config.model_copy(update={"train": train, "data": config.data.for_kind("video")})
+    corpus = open_corpus(config.data, seed=config.data.split_seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(train.seed)
+    net = R3D(len(corpus.classes), card.mean, card.std, options.steps)
+    if not (options.out / "predictions-test.csv").is_file():
+        if _train(net, config, corpus, options.out, options.minutes * 60):
+            print("stopped; run me again to go on")
+            return INTERRUPTED
+        _evaluate(net, card, config, corpus, options.out)
+    return 0
+
+
+def _train(net: R3D, config: Config, corpus: Corpus, out: Path, seconds: float) -> bool:
+    """True where the call's time is over before the training's end."""
+    train = config.train
+    rows = corpus.manifest.rows("train")
+    steps = len(EpochBatches(rows, batch_size=train.batch_size, seed=0, epoch=lambda: 0))
+    counts = np.bincount(corpus.manifest.labels[rows], minlength=len(corpus.classes)).tolist()
+    failures: list[tuple[int, str]] = []
+    task = SequenceTask(
+        net,  # type: ignore[arg-type]
+        train,
+        class_counts=counts,
+        total_steps=steps * train.epochs,
+        failed=lambda row, reason: failures.append((row, reason)),
+    )
+
+    def save(scores: dict[str, float]) -> None:
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out / WEIGHTS)
+
+    scores = Scores(out, train, say=lambda text: print(text, flush=True), save=save)
+    clock = Clock(seconds)
+    state = ModelCheckpoint(out, filename="state", save_last=False, every_n_epochs=1, enable_version_counter=False)
+    trainer = pl.Trainer(
+        max_epochs=train.epochs,
+        accelerator="auto",
+        devices=1,
+        precision=precision(train.precision),  # type: ignore[arg-type]
+        gradient_clip_val=train.clip_norm or None,
+        logger=False,
+        callbacks=[scores, clock, state],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    saved = out / "state.ckpt"
+    trainer.fit(task, CorpusModule(corpus, config), ckpt_path=saved if saved.is_file() else None, weights_only=True)
+    if train.keep == "last" or not scores.best:
+        save({})
+    return clock.over
+
+
+def _evaluate(net: R3D, card: ModelCard, config: Config, corpus: Corpus, out: Path) -> None:
+    net.load_state_dict(load_file(out / WEIGHTS))
+    predictor = Predictor.__new__(Predictor)
+    predictor.card, predictor.data = card, config.data
+    predictor.device = torch.device("cpu")
+    predictor.classifier = net.eval()  # type: ignore[assignment]
+    predictions = predictor.predict(corpus, corpus.manifest.rows("test"), batch_size=16)
+    predictions.write_csv(out / "predictions-test.csv")
+    evaluation = evaluate(predictions)
+    evaluation.to_json(out / "evaluation-test.json")
+    for row in evaluation.summary_rows():
+        print("{:<20} {}  {}".format(*row))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
