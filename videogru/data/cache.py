@@ -78,10 +78,10 @@ class FrameCache:
 
     def open(self, path: Path) -> FrameSource:
         """The video at `path`; raises as `open_source` does."""
-        key = self._key(path)
-        if key is None:
+        entry = self.entry_of(path)
+        if entry is None:
             return open_source(path, data=self.data, kind="video")
-        entry = self.folder / key[:2] / f"{key}.frames"
+        key = entry.stem
         cached = self._load(entry, path)
         if cached is not None:
             return cached
@@ -103,8 +103,8 @@ class FrameCache:
             self._refused.add(key)
         return self._load(entry, path) or open_source(path, data=self.data, kind="video")
 
-    def _key(self, path: Path) -> str | None:
-        """What names the entry of a file; None where the file cannot be looked at."""
+    def entry_of(self, path: Path) -> Path | None:
+        """Where the frames of a file lie, or would; None where the file cannot be looked at."""
         try:
             facts = path.stat()
             parts = [str(path.absolute()), str(facts.st_size), str(facts.st_mtime_ns)]
@@ -114,7 +114,8 @@ class FrameCache:
                 parts.append(repr(found))
         except (OSError, ValueError):
             return None
-        return hashlib.sha256("\0".join([self._how, *parts]).encode("utf-8", "surrogatepass")).hexdigest()
+        key = hashlib.sha256("\0".join([self._how, *parts]).encode("utf-8", "surrogatepass")).hexdigest()
+        return self.folder / key[:2] / f"{key}.frames"
 
     def _load(self, entry: Path, path: Path) -> "CachedFrames | None":
         """The entry, opened; None where there is none, or where it was damaged and is now gone."""
