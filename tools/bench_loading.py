@@ -10,10 +10,10 @@ Every contender reads the same videos in the same order, 16 frames spread over e
   torchcodec          clips_at_random_indices, exact and approximate seeks, then the tensor transforms
   PyAV in order       decoded from the start to the last frame that is wanted, then the tensor transforms
 
-transforms: resize the short side, crop the center, to float, normalize. One process, one decoding thread; the contenders
-alternate in each round. The rate counts the seconds of a core that the process used, so that others on the machine do
-not matter much. --gop adds how the distance of key frames and B-frames change the size of a video and the time of a clip.
-Writes loading.json and loading.md.
+transforms: resize the short side, crop the center, to float, normalize. One process, one decoding thread; the
+contenders alternate in each round. The rate counts the seconds of a core that the process used, so that others on the
+machine do not matter much. --gop adds what the distance of key frames and B-frames do to a video's size and to the time
+of a clip. Writes loading.json and loading.md.
 """
 
 import argparse
@@ -223,7 +223,8 @@ def measure(title: str, paths: list[Path], size: int, epochs: int, rounds: int) 
 
 def gop_variants(paths: list[Path], folder: Path, size: int, rounds: int, epochs: int) -> list[dict[str, Any]]:
     """Bytes and clips a second and core for each distance of key frames, of the same videos at short side 256."""
-    variants = []
+    variants: list[dict[str, Any]] = []
+    turns: list[tuple[Contender, list[float]]] = []
     for gop, b_frames in GOPS:
         place = folder / f"{gop}-{b_frames}"
         place.mkdir()
@@ -234,17 +235,16 @@ def gop_variants(paths: list[Path], folder: Path, size: int, rounds: int, epochs
                 encode(source, made[-1], Settings(gop=gop), b_frames=b_frames)
         data = DataConfig(frame_size=size, num_frames=FRAMES).for_kind("video")
         size_bytes = sum(path.stat().st_size for path in made)
-        variants.append({"gop": gop, "b_frames": b_frames, "bytes": size_bytes, "rates": []})
-        variants[-1]["clip"] = ours(made, data)
+        rates: list[float] = []
+        variants.append({"gop": gop, "b_frames": b_frames, "bytes": size_bytes, "rates": rates})
+        turns.append((ours(made, data), rates))
     for round_ in range(rounds):
-        for variant in variants:
+        for contender, rates in turns:
             start = time.process_time()
             for epoch in range(epochs):
                 for video in range(len(paths)):
-                    variant["clip"](video, round_ * epochs + epoch)
-            variant["rates"].append(epochs * len(paths) / (time.process_time() - start))
-    for variant in variants:
-        del variant["clip"]
+                    contender(video, round_ * epochs + epoch)
+            rates.append(epochs * len(paths) / (time.process_time() - start))
     return variants
 
 
@@ -262,7 +262,7 @@ def report(results: dict[str, Any], facts: dict[str, object]) -> str:
     """The figures in Markdown."""
     lines = ["# Loading clips of 16 frames", "", machine_sentence(facts), ""]
     lines += [
-        f"Clips a second and core: median (least–greatest) of {results['rounds']} rounds; the ratio is to the best other.",
+        f"Clips a second and core: median (least–greatest) of {results['rounds']} rounds; ratio to the best other.",
         "",
     ]
     for group in results["groups"]:

@@ -31,7 +31,6 @@ from measuring import Parser, exit_code
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from task_processes import run_tasks
 from torch.nn import functional as F
 
 from videogru.data.columns import Text
@@ -39,6 +38,7 @@ from videogru.data.frames import FrameSource, kind_of_name, media_files
 from videogru.data.manifest import Manifest, read_manifest
 from videogru.data.table import TABLE_SUFFIXES
 from videogru.data.video import open_video
+from videogru.data.watchdog import watched_map
 from videogru.errors import DataError, SourceError, VideogruError
 
 TICKS_PER_SECOND = 90_000
@@ -273,6 +273,16 @@ def check_settings(out: Path, settings: Settings) -> None:
     path.write_text(json.dumps(mine) + "\n", encoding="utf-8")
 
 
+def attempt(task: Task) -> Done:
+    """`prepare`, whatever goes wrong told as SourceError: one source must not end the work."""
+    try:
+        return prepare(task)
+    except SourceError:
+        raise
+    except Exception as error:
+        raise SourceError(reason_of(error), where=task.root / task.source) from error
+
+
 def reason_of(error: BaseException) -> str:
     """One line for the table."""
     what = error.what if isinstance(error, VideogruError) else f"{type(error).__name__}: {error}"
@@ -326,8 +336,16 @@ def prepare_all(options: Any, settings: Settings) -> int:
         console = Console(stderr=True)
         with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
             bar = progress.add_task("preparing", total=len(waiting))
-            for task, answer in run_tasks(prepare, tasks(), options.processes, options.timeout_seconds):
-                if isinstance(answer, BaseException):
+            answers = watched_map(
+                attempt,
+                tasks(),
+                num_workers=options.processes,
+                timeout_seconds=options.timeout_seconds,
+                in_order=False,
+                method="spawn",  # decoders that were opened before a fork hang
+            )
+            for task, answer in answers:
+                if isinstance(answer, SourceError):
                     (out / task.output).with_name(f".{Path(task.output).name}.part").unlink(missing_ok=True)
                     answer = _bad(root, task.source, reason_of(answer))
                 note(answer)
