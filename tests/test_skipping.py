@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from command_line import QUICK, videogru, write_video
 
+from videogru.checking.skipping import bad_rows
 from videogru.config import DataConfig
 from videogru.data.layouts import open_corpus
-from videogru.data.skipping import bad_rows
 
 
 @pytest.fixture

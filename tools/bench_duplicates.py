@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from videogru.checking import near
+from videogru.checking.signature import SCENE_BITS, places, signatures, small_gray
 from videogru.config import DataConfig
-from videogru.data import near
 from videogru.data.layouts import open_corpus
-from videogru.data.signature import SCENE_BITS, places, signatures, small_gray
 
 Frames = NDArray[np.uint8]  # (T H W 3)
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from videogru.checking.check import DUPLICATES, PROBLEMS, SHEET, Checked, check_corpus, header_of, open_for_check
+from videogru.checking.check_table import RECORDS, STATUSES, TABLE, Finding
+from videogru.checking.skipping import CHECKS
 from videogru.config import SPLITS, Config, parse_assignments, resolve_config
-from videogru.data.check import DUPLICATES, PROBLEMS, SHEET, Checked, check_corpus, header_of, open_for_check
-from videogru.data.check_table import RECORDS, STATUSES, TABLE, Finding
-from videogru.data.skipping import CHECKS
 from videogru.data.video import check_decoder
 from videogru.errors import ConfigError
 from videogru.resources import card_names

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from videogru.checking.skipping import bad_rows
 from videogru.config import (
     SPLITS,
     Config,
@@ -28,7 +29,6 @@ from videogru.data.card import load_card
 from videogru.data.dataset import ClipDataset
 from videogru.data.describe import describe_corpus
 from videogru.data.layouts import Corpus, open_corpus
-from videogru.data.skipping import bad_rows
 from videogru.data.video import check_decoder
 from videogru.data.views import ONE_VIEW, Views, check_views
 from videogru.errors import ConfigError, DataError, ModelFileError

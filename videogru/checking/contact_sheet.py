@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from videogru.checking.duplicates import Pair, Uses
 from videogru.config import DataConfig, Kind
-from videogru.data.duplicates import Pair, Uses
 from videogru.data.layouts import Corpus
 from videogru.data.sources import open_source
 from videogru.data.watchdog import watched_map

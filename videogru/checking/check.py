@@ -21,9 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from videogru.config import DataConfig
-from videogru.data.card import load_card
-from videogru.data.check_table import (
+from videogru.checking.check_table import (
     AGAIN,
     FORMAT,
     HASH_BYTES,
@@ -36,12 +34,14 @@ from videogru.data.check_table import (
     write_findings,
     write_table,
 )
-from videogru.data.contact_sheet import write_contact_sheet
-from videogru.data.duplicates import Duplicates, Uses, find_duplicates, findings_of, uses_of, write_pairs
-from videogru.data.inspection import file_facts, inspect_source, packed_signature
+from videogru.checking.contact_sheet import write_contact_sheet
+from videogru.checking.duplicates import Duplicates, Uses, find_duplicates, findings_of, uses_of, write_pairs
+from videogru.checking.inspection import file_facts, inspect_source, packed_signature
+from videogru.checking.problems import class_problems, group_problems, label_typos, manifest_problems, rows_with_lines
+from videogru.checking.signature import places, small_gray
+from videogru.config import DataConfig
+from videogru.data.card import load_card
 from videogru.data.layouts import Corpus, open_corpus
-from videogru.data.problems import class_problems, group_problems, label_typos, manifest_problems, rows_with_lines
-from videogru.data.signature import places, small_gray
 from videogru.data.watchdog import watched_map
 from videogru.errors import DataError, Interrupted, SourceError
 from videogru.resources import card_names

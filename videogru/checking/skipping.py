@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from videogru.checking.check_table import FORMAT, SUMMARY, TABLE, Record, read_table
+from videogru.checking.inspection import file_facts
 from videogru.config import DataConfig
-from videogru.data.check_table import FORMAT, SUMMARY, TABLE, Record, read_table
-from videogru.data.inspection import file_facts
 from videogru.data.layouts import Corpus
 from videogru.errors import DataError
 

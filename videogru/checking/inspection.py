@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from videogru.checking.check_table import HASH_BYTES, Record
+from videogru.checking.signature import places, signatures, small_gray
 from videogru.config import DataConfig, Kind
-from videogru.data.check_table import HASH_BYTES, Record
 from videogru.data.frames import FrameSource
-from videogru.data.signature import places, signatures, small_gray
 from videogru.data.sources import open_source
 from videogru.data.video_whole import WholeVideo, decode_whole
 from videogru.errors import SourceError

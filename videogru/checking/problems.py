@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from videogru.checking.check_table import Finding
 from videogru.config import SPLITS, nearest
-from videogru.data.check_table import Finding
 from videogru.data.manifest import Manifest, read_manifest
 from videogru.errors import DataError
 
