@@ -114,7 +114,7 @@ def when(mark: Path, number: int) -> threading.Thread:
     """Send this process a signal once the file is there."""
 
     def watch() -> None:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 240
         while not mark.exists() and time.monotonic() < limit:
             time.sleep(0.05)
         os.kill(os.getpid(), number)

@@ -223,8 +223,12 @@ def test_saving_takes_a_bounded_share_of_the_time(tmp_path: Path, monkeypatch: p
 
 def test_a_line_that_was_being_written_when_the_run_was_killed(tmp_path: Path) -> None:
     path = tmp_path / "bad_files.csv"
-    path.write_text('row,source,reason\n3,a.mp4,cut short\n5,b.mp4,"em')
+    path.write_text('row,source,reason,found_by\n3,a.mp4,cut short,training\n5,b.mp4,"em')
     bad = BadFiles(tmp_path, lambda row: f"{row}.mp4", limit=9, say=lambda text: None)
     assert bad.reasons == {3: "cut short"}
     bad.add(5, "empty\n  mend it")
-    assert path.read_text().splitlines() == ["row,source,reason", "3,a.mp4,cut short", "5,5.mp4,empty mend it"]
+    assert path.read_text().splitlines() == [
+        "row,source,reason,found_by",
+        "3,a.mp4,cut short,training",
+        "5,5.mp4,empty mend it,training",
+    ]

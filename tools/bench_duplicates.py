@@ -6,7 +6,6 @@
 For each change: how many changed clips are found beside their originals, and the shares of differing signs.
 """
 
-import argparse
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from measuring import Parser
 from numpy.typing import NDArray
 
 from videogru.checking import near
@@ -27,7 +27,7 @@ Frames = NDArray[np.uint8]  # (T H W 3)
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="bench_duplicates.py", description=__doc__)
     parser.add_argument("--dataset", default="grid_digits")
     parser.add_argument("--every", type=int, default=20, help="every n-th clip is encoded anew")
     options = parser.parse_args()

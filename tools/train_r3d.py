@@ -152,10 +152,7 @@ def _train(net: R3D, config: Config, corpus: Corpus, out: Path, seconds: float) 
 
 def _evaluate(net: R3D, card: ModelCard, config: Config, corpus: Corpus, out: Path) -> None:
     net.load_state_dict(load_file(out / WEIGHTS))
-    predictor = Predictor.__new__(Predictor)
-    predictor.card, predictor.data = card, config.data
-    predictor.device = torch.device("cpu")
-    predictor.classifier = net.eval()  # type: ignore[assignment]
+    predictor = Predictor(net, card, data=config.data)  # type: ignore[arg-type]
     predictions = predictor.predict(corpus, corpus.manifest.rows("test"), batch_size=16)
     predictions.write_csv(out / "predictions-test.csv")
     evaluation = evaluate(predictions)
