@@ -72,13 +72,15 @@ def read_timeline(
         raise ConfigError(f"--window-seconds wants lengths above 0, got {', '.join(f'{x:g}' for x in lengths)}")
     with open_source(path, data=predictor.data, kind="video") as source:
         extent = source.extent
-    windows = slide(extent, lengths)
-    if len(windows) > MAX_WINDOWS:
+    # Before they are made: a length in microseconds would fill the memory.
+    many = HOPS_PER_WINDOW * len(lengths) * (extent[1] - extent[0]) / min(lengths)
+    if many > MAX_WINDOWS:
         raise SourceError(
-            f"{extent[1] - extent[0]:g} seconds make {len(windows):,} windows, more than {MAX_WINDOWS:,}",
+            f"{extent[1] - extent[0]:g} seconds make about {many:,.0f} windows, more than {MAX_WINDOWS:,}",
             where=path,
             hint="Use longer windows: --window-seconds 10",
         )
+    windows = slide(extent, lengths)
     corpus = _windows_of(path, windows, predictor.card.classes)
     said = predictor.predict(
         corpus,
