@@ -7,6 +7,7 @@ summary.json    of which data set, when, and how many; written last: without it 
 
 import csv
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +24,7 @@ RECORDS, TABLE, SUMMARY = "records.jsonl", "check.csv", "summary.json"
 FORMAT = 1
 HASH_BYTES = 16
 _HASH_LETTERS = 2 * HASH_BYTES
+_ORPHANS_SECONDS = 5.0  # readers look for their parent once a second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,13 +181,20 @@ class Journal:
     def _lock(self) -> None:
         import fcntl
 
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise DataError(
-                "another check is writing here", where=self.path, hint="Wait for it, or name another --out."
-            ) from error
+        # The readers of a check that was killed hold its lock until they notice.
+        patience = time.monotonic() + _ORPHANS_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() < patience:
+                    time.sleep(0.1)
+                    continue
+                self._file.close()
+                raise DataError(
+                    "another check is writing here", where=self.path, hint="Wait for it, or name another --out."
+                ) from error
 
 
 def _line(record: Record) -> bytes:

@@ -8,6 +8,7 @@ A frame counts as found only when its time stamp is the one the index promised. 
 (AVI with B-frames, MPEG streams) or a promise breaks, the whole stream is decoded in order instead.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -108,7 +109,9 @@ class PyavVideo:
         """Let go of the file; may be called twice."""
         if self._container is not None:
             self._container.close()
-            self._container = None
+            self._container = self._stream = None
+            # Container and streams refer to each other, and hold the decoder (AV1: megabytes a file) until collected.
+            gc.collect(1)
 
     def __enter__(self) -> "PyavVideo":
         return self
