@@ -47,7 +47,7 @@ from videogru.errors import DataError
 FRAMES = 16
 MEAN, SD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # Kinetics-400, as torchvision has them
 GPU_RATES = (100, 300, 1000)  # clips a second that one GPU takes, assumed
-GOPS = ((1, 0), (6, 0), (12, 0), (16, 0), (24, 0), (48, 0), (250, 0), (250, 3))  # key frame distance, B-frames
+GOPS = ((1, 0), (6, 0), (12, 0), (12, 2), (24, 0), (48, 0), (250, 0), (250, 3))  # key frame distance, B-frames
 Contender = Callable[[int, int], torch.Tensor]  # (video, epoch) to a clip
 
 
@@ -313,7 +313,7 @@ def cores_table(groups: list[dict[str, Any]]) -> list[str]:
 
 def videos_in(folder: Path, limit: int) -> list[Path]:
     """The videos below a folder, at most `limit` evenly chosen ones."""
-    paths = [path for path in media_files(folder) if kind_of_name(path.name) == "video"]
+    paths = [path for path in media_files(folder.resolve()) if kind_of_name(path.name) == "video"]
     if not paths:
         raise DataError("holds no video", where=folder)
     return [paths[place] for place in np.unique(np.linspace(0, len(paths) - 1, limit).astype(int))]

@@ -77,6 +77,8 @@ class PyavVideo:
         self._place_of: dict[tuple[int | None, int, int | None], int] = {}
         self._keys: list[_Key] = []
         self._reached = -1
+        self._wanted: set[int] = set()
+        self._skips = False
         try:
             self.guard(self._index)
         except SourceError:
@@ -222,6 +224,8 @@ class PyavVideo:
     def _describe(self, frame: Any) -> None:
         self._stored_size = (frame.width, frame.height)
         self._transposed, self._flip_y, self._flip_x = _turn(frame)
+        # What no other frame refers to need not be decoded on the way to a wanted one; H.264 says so in each packet.
+        self._skips = self._stream.codec_context.name == "h264" and not frame.interlaced_frame
         aspect = self._stream.sample_aspect_ratio  # width of a pixel over its height, as stored
         ratio = float(aspect) if aspect else 1.0
         self.pixel_aspect = ratio if self._transposed else 1.0 / ratio
@@ -269,6 +273,7 @@ class PyavVideo:
         found = []
         frames: Iterator[Any] = iter(())
         self._reached = -1
+        self._wanted = {int(self._pts[index]) for index in chosen}
         for index in chosen:
             pts = int(self._pts[index])
             key = self._key_before(pts, self._places[index])
@@ -306,6 +311,8 @@ class PyavVideo:
             if place is None and packet.size and not packet.is_corrupt:
                 raise _BrokenPromise
             self._reached = max(self._reached, -1 if place is None else place)
+            if self._skips:
+                self._stream.codec_context.skip_frame = "DEFAULT" if packet.pts in self._wanted else "NONREF"
             for frame in packet.decode():
                 if frame.pts is not None and frame.pts < key.pts:
                     continue
