@@ -84,7 +84,7 @@ class DataConfig(Settings):
     cache: Literal["none", "jpeg", "raw"] = Field(
         "none",
         description="videos are decoded once, into frames that later epochs read; raw: the same bits, channels * "
-        "frame_size^2 bytes a frame; jpeg: near, about a tenth of that",
+        "frame_size^2 bytes a frame; jpeg: near, 13 to 20 % of that",
     )
     cache_dir: Path | None = Field(None, description="where; default: frame-cache/ beside the data sets")
     cache_gib: float = Field(50.0, gt=0, description="of disk that the folder may fill; then no more is added")
