@@ -91,7 +91,7 @@ def compute_metrics(
         if ranked.shape[1]:
             drawn["auroc"].append(_macro_auroc(rankings, np.ascontiguousarray(ranked)))
         done += counts.shape[1]
-    return {name: _interval(float(values[name][0]), np.concatenate(drawn[name])) for name in values}
+    return {name: interval(float(values[name][0]), np.concatenate(drawn[name])) for name in values}
 
 
 def paired_difference(
@@ -121,7 +121,7 @@ def paired_difference(
         for counts in resample_counts(len(labels), resamples=resamples, seed=seed)
     ]
     mine, theirs = np.concatenate(drawn, axis=1)
-    return metric, _interval(own, mine), _interval(own - base, mine - theirs)
+    return metric, interval(own, mine), interval(own - base, mine - theirs)
 
 
 def auroc_resamples(count: int, num_classes: int, resamples: int = 1000) -> int:
@@ -277,7 +277,8 @@ def _macro_auroc(rankings: list[_Ranking], counts: Float32[np.ndarray, "N R"]) -
     return _mean_of_ratios(np.where(valid, each, 0.0), valid.astype(np.float64))
 
 
-def _interval(value: float, drawn: Float64[np.ndarray, " R"]) -> Interval:
+def interval(value: float, drawn: Float64[np.ndarray, " R"]) -> Interval:
+    """The value with the middle 95 % of its resampled values; NaN where the value or all of these are."""
     finite = drawn[np.isfinite(drawn)]
     if not len(finite) or not np.isfinite(value):
         return Interval(value, float("nan"), float("nan"))
