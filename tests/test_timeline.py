@@ -17,7 +17,7 @@ from videogru.data.transforms import prepare_clip
 from videogru.errors import ConfigError, SourceError
 from videogru.inference import timeline_answers
 from videogru.inference.predict import Predictor
-from videogru.inference.timeline import choose, read_timeline, slide
+from videogru.inference.timeline import Segment, choose, join, read_timeline, slide
 from videogru.inference.timeline_picture import draw_timeline
 from videogru.modelfile import make_card, write_model
 from videogru.models.classifier import Classifier
@@ -72,16 +72,27 @@ def test_the_story_is_told(story: Path) -> None:
     ticks = []
     timeline = read_timeline(predictor(), story, num_workers=0, tick=lambda done, total: ticks.append((done, total)))
     told = [(s.start_seconds, s.end_seconds, s.label) for s in timeline.segments]
-    assert told == [(0.0, 1.0, "dark"), (1.0, 2.0, "bright"), (2.0, 3.0, "bright"), (3.0, 4.0, "gray")]
+    assert told == [(0.0, 1.0, "dark"), (1.0, 3.0, "bright"), (3.0, 4.0, "gray")]
     assert all(segment.confidence > 0.9 for segment in timeline.segments)
     assert timeline.extent == (0.0, 4.0)
     assert sum(done for done, _ in ticks) == len(timeline.windows) == ticks[0][1]
 
 
-def test_a_longer_window_wins_where_it_fits(story: Path) -> None:
+def test_windows_of_several_lengths_tell_the_same_story(story: Path) -> None:
     timeline = read_timeline(predictor(), story, window_seconds=(1.0, 2.0), num_workers=0)
     told = [(s.start_seconds, s.end_seconds, s.label) for s in timeline.segments]
     assert told == [(0.0, 1.0, "dark"), (1.0, 3.0, "bright"), (3.0, 4.0, "gray")]
+
+
+def test_only_what_touches_and_is_the_same_is_joined() -> None:
+    parts = [
+        Segment(0.0, 1.0, "dark", 0.7),
+        Segment(1.0, 3.0, "dark", 1.0),
+        Segment(3.0, 4.0, "gray", 0.8),
+        Segment(4.1, 5.0, "gray", 0.9),
+    ]
+    assert join(iter(parts)) == (Segment(0.0, 3.0, "dark", 0.9), *parts[2:])
+    assert join(()) == ()
 
 
 def test_scores_of_windows_are_those_of_each_window_alone(story: Path) -> None:
@@ -131,17 +142,23 @@ def test_the_choice_is_the_best_of_all_choices() -> None:
         confidence = rng.random(9)
         confidence[rng.integers(9)] = np.nan
         kept = choose(windows, confidence, min_confidence=0.3)
+        worth = (confidence - 0.3) * np.sqrt(windows[:, 1] - windows[:, 0])
         best = 0.0
-        usable = [k for k in range(9) if confidence[k] >= 0.3]
+        usable = [k for k in range(9) if confidence[k] > 0.3]
         for size in range(1, len(usable) + 1):
             for chosen in combinations(usable, size):
                 ordered = sorted(chosen, key=lambda k: windows[k, 0])
                 if all(windows[a, 1] <= windows[b, 0] for a, b in pairwise(ordered)):
-                    best = max(best, sum(confidence[k] * (windows[k, 1] - windows[k, 0]) for k in chosen))
-        mine = sum(confidence[k] * (windows[k, 1] - windows[k, 0]) for k in kept)
-        assert mine == pytest.approx(best)
+                    best = max(best, worth[list(chosen)].sum())
+        assert worth[kept].sum() == pytest.approx(best)
         assert all(windows[a, 1] <= windows[b, 0] for a, b in pairwise(kept))
         assert (np.diff(windows[kept, 0]) > 0).all()
+
+
+def test_a_sure_word_beats_the_unsure_window_around_it_and_halves_do_not_beat_the_whole() -> None:
+    windows = np.array([[0.0, 0.4], [0.1, 0.2], [0.0, 0.2], [0.2, 0.4]])
+    assert choose(windows, np.array([0.72, 0.95, 0.0, 0.0]), min_confidence=0.7).tolist() == [1]
+    assert choose(windows, np.array([0.95, 0.0, 0.85, 0.85]), min_confidence=0.7).tolist() == [0]
 
 
 def test_nothing_sure_enough_gives_no_segment() -> None:
@@ -193,7 +210,7 @@ def test_answers_with_a_failing_input(
 
     assert ask(None, "jsonl") == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["predicted"] for row in rows] == ["dark", "bright", "bright", "gray", None]
+    assert [row["predicted"] for row in rows] == ["dark", "bright", "gray", None]
     assert rows[1]["start_seconds"] == 1.0
     assert "cut.mp4" in rows[4]["error"]
     assert (tmp_path / "timelines" / "story.png").is_file()

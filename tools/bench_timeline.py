@@ -29,7 +29,7 @@ from videogru.data.layouts import open_corpus
 from videogru.errors import DataError
 from videogru.inference.metrics import interval, resample_counts
 from videogru.inference.predict import Predictor
-from videogru.inference.timeline import Segment, read_timeline
+from videogru.inference.timeline import MIN_CONFIDENCE, Segment, read_timeline
 from videogru.modelfile import find_model
 
 OVERLAPS = (0.1, 0.25, 0.5)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="path without suffix")
     parser.add_argument("--split", choices=SPLITS, default="test", help="whose videos, default test")
     parser.add_argument("--videos", type=int, default=0, help="only the first N; default: all")
-    parser.add_argument("--min-confidence", type=float, default=0.5, help="as of infer, default 0.5")
+    parser.add_argument("--min-confidence", type=float, default=MIN_CONFIDENCE, help="as of infer, default 0.7")
     options = parser.parse_args(words)
     facts = machine(["python", "tools/bench_timeline.py", *words])
     return exit_code("bench_timeline.py", lambda: work(options, facts), kept="nothing was written")

@@ -264,7 +264,8 @@ def infer(
         typer.Option(help="Length of the windows, repeatable; default: as trained.", show_default=False),
     ] = None,
     min_confidence: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Windows below do not count; default: 0.5.", show_default=False)
+        float | None,
+        typer.Option(min=0, max=1, help="Windows must be surer than this; default: 0.7.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     set_: SetOption = None,
@@ -273,6 +274,7 @@ def infer(
     from videogru.config import parse_assignments
     from videogru.data.views import parse_views
     from videogru.inference import answers, timeline_answers
+    from videogru.inference.timeline import MIN_CONFIDENCE
 
     by_ending = {".csv": Format.csv, ".jsonl": Format.jsonl}
     chosen = format or (by_ending.get(out.suffix, Format.table) if out else Format.table)
@@ -287,7 +289,7 @@ def infer(
             out=out,
             form=chosen.value,
             window_seconds=window_seconds or (),
-            min_confidence=0.5 if min_confidence is None else min_confidence,
+            min_confidence=MIN_CONFIDENCE if min_confidence is None else min_confidence,
             device=device,
             settings=parse_assignments(set_ or []),
             progress=sys.stderr.isatty(),

@@ -1,7 +1,7 @@
 """What happens when in a long video: windows slide over it, and those that are surest and do not overlap remain."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from videogru.inference.predict import Predictor
 
 HOPS_PER_WINDOW = 4  # of the shortest length
 MAX_WINDOWS = 1_000_000
-_COST = 1e-6  # of a window, in seconds: decides between equals
+MIN_CONFIDENCE = 0.7
+_COST = 1e-6  # of a window: decides between equals
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of a video and the class it shows; confidence: the probability of that class."""
+    """A part of a video and the class it shows; confidence: the probability of that class, the mean of its windows'."""
 
     start_seconds: float
     end_seconds: float
@@ -50,11 +51,11 @@ def read_timeline(
     path: Path,
     *,
     window_seconds: Sequence[float] = (),
-    min_confidence: float = 0.5,
+    min_confidence: float = MIN_CONFIDENCE,
     num_workers: int | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Timeline:
-    """Classify windows of the given lengths all over a video and keep those that tell most without overlapping.
+    """Classify windows of the given lengths all over a video, `choose` some that do not overlap, and `join` them.
 
     window_seconds: lengths; none: those the model was trained with. Windows start every quarter of the shortest length.
     tick: called with the number of windows done since the last call, and of all. Raises ConfigError where the model
@@ -91,12 +92,12 @@ def read_timeline(
     if said.failed.all():
         raise SourceError(f"no window can be read; the first: {said.errors[0]}", where=path)
     kept = choose(windows, said.confidence, min_confidence=min_confidence)
-    segments = tuple(
+    segments = join(
         Segment(
             float(windows[k, 0]),
             float(windows[k, 1]),
             predictor.card.classes[said.predicted[k]],
-            round(float(said.confidence[k]), 6),
+            float(said.confidence[k]),
         )
         for k in kept.tolist()
     )
@@ -126,16 +127,17 @@ def slide(extent: tuple[float, float], lengths: Sequence[float]) -> Float64[np.n
 def choose(
     windows: Float64[np.ndarray, "N 2"], confidence: NDArray[np.floating], *, min_confidence: float
 ) -> Int64[np.ndarray, " M"]:
-    """Indices of windows that do not overlap, in order of time: those with the largest sum of confidence times seconds.
+    """Indices of windows that do not overlap, in order of time: those that are worth most together.
 
-    Weighted interval scheduling (Kleinberg and Tardos 2005, section 6.1), so no better choice exists. Windows below
-    min_confidence, or without a score (NaN), do not count. Seconds weigh, as many short windows would else beat the
-    long one that they fill; of equal choices the one with fewer windows is taken.
+    A window is worth how far its confidence lies above min_confidence, times the root of its seconds: by seconds alone
+    a long window beats the short one that is surer; without them many short ones beat the long one that they fill. Of
+    equal choices the one with fewer windows is taken; windows without a score (NaN) do not count. Weighted interval
+    scheduling (Kleinberg and Tardos 2005, section 6.1), so no better choice exists.
     """
-    usable = np.flatnonzero(np.nan_to_num(confidence, nan=-1.0) >= min_confidence)
+    usable = np.flatnonzero(np.nan_to_num(confidence, nan=-1.0) > min_confidence)
     order = usable[np.argsort(windows[usable, 1], kind="stable")]
     starts, ends = windows[order, 0], windows[order, 1]
-    worth = confidence[order].astype(np.float64) * (ends - starts) - _COST
+    worth = (confidence[order].astype(np.float64) - min_confidence) * np.sqrt(ends - starts) - _COST
     # How many windows end before each one starts; to the nanosecond.
     before = np.searchsorted(ends, starts + 1e-9, side="right")
     best = np.zeros(len(order) + 1)
@@ -153,6 +155,23 @@ def choose(
         else:
             k -= 1
     return np.asarray(kept[::-1], dtype=np.int64)
+
+
+def join(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Segments in order of time, those of one class that touch as one: what lasts longer than any window is one thing.
+
+    Its confidence is their mean, weighted by seconds.
+    """
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if last is None or last.label != segment.label or segment.start_seconds - last.end_seconds > 1e-6:
+            joined.append(segment)
+            continue
+        first, second = (one.end_seconds - one.start_seconds for one in (last, segment))
+        confidence = (last.confidence * first + segment.confidence * second) / (first + second)
+        joined[-1] = Segment(last.start_seconds, segment.end_seconds, last.label, confidence)
+    return tuple(replace(segment, confidence=round(segment.confidence, 6)) for segment in joined)
 
 
 def _windows_of(path: Path, windows: Float64[np.ndarray, "N 2"], classes: tuple[str, ...]) -> Corpus:
