@@ -38,6 +38,18 @@ def test_a_kernel_steps_as_its_matrix_of_outputs_by_all_else(memory_format):
     torch.testing.assert_close(whole.flatten(1), flat, rtol=0, atol=1e-6)
 
 
+def test_kernels_of_volumes_step_too():
+    net = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Conv3d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
+    groups = muon_groups(net, TrainConfig(optimizer="muon", muon_lr=0.1, weight_decay=0.0))
+    assert [group["params"] for group in groups if group.get("muon")] == [[net[2].weight]]
+    flat = nn.Parameter(net[2].weight.detach().flatten(1).clone())
+    net[2].weight.grad = torch.randn(net[2].weight.shape, generator=torch.Generator().manual_seed(1))
+    flat.grad = net[2].weight.grad.flatten(1).clone()
+    Muon(groups).step()
+    Muon([{"params": [flat], "muon": True, "lr": 0.1, "weight_decay": 0.0}]).step()
+    torch.testing.assert_close(net[2].weight.flatten(1), flat, rtol=0, atol=1e-6)
+
+
 def test_gates_step_each_as_a_matrix_of_its_own():
     weight = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     gradient = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))

@@ -212,7 +212,7 @@ def test_answers_with_a_failing_input(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["predicted"] for row in rows] == ["dark", "bright", "gray", None]
     assert rows[1]["start_seconds"] == 1.0
-    assert "cut.mp4" in rows[4]["error"]
+    assert "cut.mp4" in rows[3]["error"]
     assert (tmp_path / "timelines" / "story.png").is_file()
     assert not list((tmp_path / "timelines").glob("cut*"))
     assert ask(tmp_path / "t.csv", "csv") == 1

@@ -1,10 +1,10 @@
-"""Train torchvision's r3d_18 from scratch on the clips of a video run: same splits, sampling, size and augmentation.
+"""Train torchvision's r3d_18 from scratch on the clips of a video run: its splits, sampling, size and augmentation.
 
     python tools/train_r3d.py RUN --out runs/r3d-digits [--epochs N] [--minutes M]
 
 RUN is a finished `videogru train` folder, whose config.yaml says what is read and for how many epochs. Clips of fewer
 frames than --steps repeat some, longer ones lose some (nearest in time), as a 3-D convolution wants equal lengths. The
-best validation epoch is kept, as in RUN where it does so. State is saved after every epoch: run it again to go on.
+best validation epoch is kept and weights are averaged as in RUN. State is saved after every epoch: run it again to go on.
 For the same time as RUN instead of the same epochs, give the --epochs that tools/video_table.py tells.
 
 Leaves what a run has: metrics.csv, predictions-test.csv, evaluation-test.json, and weights.safetensors.
@@ -21,7 +21,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from measuring import INTERRUPTED, Parser, exit_code
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models.video import r3d_18
@@ -82,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="finished run folder of a video model")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--epochs", type=int, help="default: as RUN")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of Adam, default 1e-3")
+    parser.add_argument("--optimizer", choices=("adam", "muon"), default="adam", help="default adam")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of Adam (of AdamW with muon), default 1e-3")
+    parser.add_argument("--muon-lr", type=float, default=0.02, help="peak rate of Muon, default 0.02")
     parser.add_argument("--steps", type=int, default=12, help="frames that the net sees of a clip, default 12")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of training in this call; default: no limit")
     options = parser.parse_args(arguments)
@@ -95,7 +97,8 @@ def work(options: Any) -> int:
     if card.kind != "video":
         raise DataError(f"this run reads {card.kind}s, r3d_18 reads videos", where=options.run)
     epochs = options.epochs or config.train.epochs
-    train = config.train.model_copy(update={"epochs": epochs, "lr": options.lr, "optimizer": "adam", "ema_decay": 0.0})
+    own = {"epochs": epochs, "lr": options.lr, "optimizer": options.optimizer, "muon_lr": options.muon_lr}
+    train = config.train.model_copy(update=own | {"muon_recurrent": False})
     config = config.model_copy(update={"train": train, "data": config.data.for_kind("video")})
     corpus = open_corpus(config.data, seed=config.data.split_seed)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -130,6 +133,9 @@ def _train(net: R3D, config: Config, corpus: Corpus, out: Path, seconds: float) 
     scores = Scores(out, train, say=lambda text: print(text, flush=True), save=save)
     clock = Clock(seconds)
     state = ModelCheckpoint(out, filename="state", save_last=False, every_n_epochs=1, enable_version_counter=False)
+    callbacks: list[Callback] = [scores, clock, state]
+    if train.ema_decay:  # behind `scores`, which keeps what was validated
+        callbacks.insert(1, EMAWeightAveraging(decay=train.ema_decay, use_buffers=True))
     trainer = pl.Trainer(
         max_epochs=train.epochs,
         accelerator="auto",
@@ -137,7 +143,7 @@ def _train(net: R3D, config: Config, corpus: Corpus, out: Path, seconds: float) 
         precision=precision(train.precision),  # type: ignore[arg-type]
         gradient_clip_val=train.clip_norm or None,
         logger=False,
-        callbacks=[scores, clock, state],
+        callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

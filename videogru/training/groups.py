@@ -29,7 +29,7 @@ def muon_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     train.muon_recurrent also the gates of GRUs and LSTMs, each a matrix of its own. Raises ConfigError where nothing
     is left.
     """
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d) and m.weight.requires_grad]
     kernels = [m.weight for m in convolutions[1:] if m.groups == 1]
     gates = _gates(model) if config.muon_recurrent else {}
     if not kernels and not gates:
@@ -61,7 +61,7 @@ def _gates(model: nn.Module) -> dict[int, list[nn.Parameter]]:
 
 
 def _weights(model: nn.Module) -> list[nn.Parameter]:
-    layers = (nn.Linear, nn.Conv2d, nn.RNNBase, nn.RNNCellBase)
+    layers = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase)
     return [
         parameter
         for module in model.modules()
