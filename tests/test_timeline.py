@@ -216,10 +216,10 @@ def test_answers_with_a_failing_input(
     assert (tmp_path / "timelines" / "story.png").is_file()
     assert not list((tmp_path / "timelines").glob("cut*"))
     assert ask(tmp_path / "t.csv", "csv") == 1
-    assert len((tmp_path / "t.csv").read_text().splitlines()) == 6
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 5
     assert (tmp_path / "t-story.png").is_file()
     assert ask(None, "table") == 1
     table = capsys.readouterr().out
-    assert "1.00 to 2.00" in table
+    assert "1.00 to 3.00" in table
     assert "error: " in table
     assert any("1 inputs failed" in line for line in said)

@@ -4,7 +4,7 @@
 
 RUN is a finished `videogru train` folder, whose config.yaml says what is read and for how many epochs. Clips of fewer
 frames than --steps repeat some, longer ones lose some (nearest in time), as a 3-D convolution wants equal lengths. The
-best validation epoch is kept and weights are averaged as in RUN. State is saved after every epoch: run it again to go on.
+best validation epoch is kept and weights are averaged as in RUN. State is saved after every epoch: run again to go on.
 For the same time as RUN instead of the same epochs, give the --epochs that tools/video_table.py tells.
 
 Leaves what a run has: metrics.csv, predictions-test.csv, evaluation-test.json, and weights.safetensors.

@@ -115,7 +115,7 @@ def score(net: Net, first: Net) -> dict[str, Any]:
     usable = usable_rows(net.predictions) & usable_rows(first.predictions)
     labels = net.predictions.labels[usable]
     _, _, ahead = paired_difference(
-        first.predictions.probabilities[usable], net.predictions.probabilities[usable], labels
+        first.predictions.probabilities[usable], net.predictions.probabilities[usable], labels, metric="top1"
     )
     return {
         "name": net.name,

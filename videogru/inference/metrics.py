@@ -11,6 +11,7 @@ Samples are taken as independent: where many come from one patient or recording,
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64, Shaped
@@ -99,15 +100,17 @@ def paired_difference(
     plain: Float[np.ndarray, "N K"],
     labels: Int64[np.ndarray, " N"],
     *,
+    metric: Literal["auroc", "top1"] | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[str, Interval, Interval]:
     """(metric, its value for `changed`, value of `changed` minus value of `plain`) on the same N >= 1 labeled samples.
 
-    The metric is auroc for two classes that both occur, else top1. Both are resampled together, so that the interval of
-    the difference is that of pairs.
+    Unless a metric is named, it is auroc for two classes that both occur, else top1. Both are resampled together, so
+    that the interval of the difference is that of pairs.
     """
-    metric = "auroc" if plain.shape[1] == 2 and len(np.unique(labels)) == 2 else "top1"
+    if metric is None:
+        metric = "auroc" if plain.shape[1] == 2 and len(np.unique(labels)) == 2 else "top1"
 
     def values(probabilities: Float64[np.ndarray, "N K"], counts: Float32[np.ndarray, "N R"]) -> np.ndarray:
         if metric == "auroc":
