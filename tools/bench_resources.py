@@ -102,6 +102,7 @@ def watch_training(folder: Path, steps: int) -> dict[str, Any]:
             each = [{"mib": resident_mib(pid), "descriptors": open_files(pid)} for pid in workers]
         except (FileNotFoundError, ProcessLookupError):  # ended between two looks
             continue
+        each = [worker for worker in each if worker["mib"]]  # one that has ended, but was not yet waited for, has none
         samples.append({"seconds": round(time.monotonic() - started, 2), "main": main, "workers": each})
     if process.returncode:
         raise DataError(f"the training ended with {process.returncode}: {last_error(process.stderr.read())}")  # type: ignore[union-attr]
