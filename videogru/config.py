@@ -15,6 +15,7 @@ from videogru.errors import ConfigError
 
 Kind = Literal["video", "volume", "image"]
 Split = Literal["train", "val", "test"]
+FrameDifferences = Literal["none", "past", "both"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -170,6 +171,9 @@ class ModelConfig(Settings):
         "auto", description="first layers of torchvision encoders; auto: small up to 64 pixels"
     )
     seq: Literal["frames", "slices", "rows", "cols", "grid"] = "frames"
+    frame_differences: FrameDifferences = Field(
+        "none", description="channels that show the change since the frame before (past), and to the next one (both)"
+    )
     cell: Literal["gru", "lstm", "hypergru", "mingru", "none"] = Field(
         "gru", description="none: no recurrent part, the order-free twin"
     )
@@ -186,6 +190,12 @@ class ModelConfig(Settings):
     layer_norm: bool = Field(True, description="LayerNorm after the recurrent part")
     input_dropout: Fraction = Field(0.3, description="before each recurrent layer")
     dropout: Fraction = Field(0.5, description="before the linear head")
+
+    @model_validator(mode="after")
+    def _causal_sees_no_next_frame(self) -> "ModelConfig":
+        if self.temporal == "causal" and self.frame_differences == "both":
+            raise ValueError("model.temporal=causal knows no next frame: use model.frame_differences=past")
+        return self
 
 
 class TrainConfig(Settings):

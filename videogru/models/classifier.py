@@ -1,4 +1,4 @@
-"""The whole model: normalize, encode each frame, serialize, attend, read the steps, pool, classify."""
+"""The whole model: normalize, add what changes, encode frames, serialize, attend, read the steps, pool, classify."""
 
 import torch
 from jaxtyping import Float
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from videogru.config import ModelConfig
 from videogru.models.attention import LocalAttention
+from videogru.models.differences import PLANES, add_differences
 from videogru.models.encoder import build_encoder
 from videogru.models.head import Head
 from videogru.models.recurrent import Recurrent
@@ -62,7 +63,7 @@ class Classifier(nn.Module):
         self.std = std
         self.normalize = Normalize(mean, std)
         self.encoder = build_encoder(model, in_channels=in_channels, frame_size=frame_size)
-        h, w = self.encoder.map_size(in_channels, frame_size)
+        h, w = self.encoder.map_size(in_channels * PLANES[model.frame_differences], frame_size)
         self.steps_per_frame = steps_per_frame(model.seq, h, w)
         size = step_size(model.seq, self.encoder.out_channels, h, w)
         self.recurrent = Recurrent(model, size)
@@ -113,7 +114,12 @@ class Classifier(nn.Module):
 
     def _maps(self, frames: BatchFrames, lengths: Lengths) -> Float[Tensor, "B T D h w"]:
         batch, steps = frames.shape[:2]
-        flat = frames.flatten(0, 1)
+        mode = self.config.frame_differences
+        if mode == "none":
+            flat = frames.flatten(0, 1)
+        else:
+            normal = self.normalize(frames.flatten(0, 1)).unflatten(0, (batch, steps))
+            flat = add_differences(normal, lengths, mode).flatten(0, 1)
         valid = valid_steps(lengths, steps).flatten()
         # Only in training: indexing by data would stop an export or a compiled graph.
         if self.training and steps > 1 and not bool(valid.all()):
@@ -126,6 +132,8 @@ class Classifier(nn.Module):
         return by_clip
 
     def _encode(self, frames: Tensor) -> Float[Tensor, "N D h w"]:
+        if self.config.frame_differences == "none":  # else they are taken between normalized frames
+            frames = self.normalize(frames)
         # Convolutions on a CPU, and in bf16 on a GPU, are faster with the channels innermost.
-        maps: Tensor = self.encoder(self.normalize(frames).contiguous(memory_format=torch.channels_last))
+        maps: Tensor = self.encoder(frames.contiguous(memory_format=torch.channels_last))
         return maps

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from videogru.config import ModelConfig
 from videogru.errors import ConfigError
 from videogru.models.checkpointing import by_stage
+from videogru.models.differences import PLANES
 from videogru.models.sweeps import Sweep
 
 OWN_NETS = ("small", "airbench", "conv2", "pixels", "sweeps")
@@ -66,6 +67,8 @@ class Encoder(nn.Module):
 def build_encoder(config: ModelConfig, *, in_channels: int, frame_size: int) -> Encoder:
     """The encoder of `config` for square frames of `frame_size` pixels, with the weights it names.
 
+    in_channels: of a frame; with model.frame_differences the encoder takes that many times PLANES. What torchvision's
+    nets make of the differences starts at zero, so that weights of still images answer as they did.
     The 3x3 stem of a ResNet (model.stem) has no counterpart in the ImageNet weights and starts from random values.
     Raises ConfigError where weights do not exist, cannot be fetched or do not fit.
     """
@@ -76,16 +79,17 @@ def build_encoder(config: ModelConfig, *, in_channels: int, frame_size: int) -> 
             hint="Use model.weights=none, or a torchvision encoder such as model.encoder=resnet18.",
         )
     layers: nn.Module
+    seen = in_channels * PLANES[config.frame_differences]
     if config.encoder == "small":
-        layers, out_channels = _small(config.encoder_width, in_channels, frame_size)
+        layers, out_channels = _small(config.encoder_width, seen, frame_size)
     elif config.encoder == "airbench":
-        layers, out_channels = _airbench(config.encoder_width, in_channels, frame_size)
+        layers, out_channels = _airbench(config.encoder_width, seen, frame_size)
     elif config.encoder == "conv2":
-        layers, out_channels = _conv2(in_channels), 128
+        layers, out_channels = _conv2(seen), 128
     elif config.encoder == "sweeps":
-        layers, out_channels = _sweeps(config.encoder_width, in_channels, frame_size)
+        layers, out_channels = _sweeps(config.encoder_width, seen, frame_size)
     elif config.encoder == "pixels":
-        layers = nn.Sequential(OrderedDict(project=nn.Conv2d(in_channels, config.encoder_width, 1)))
+        layers = nn.Sequential(OrderedDict(project=nn.Conv2d(seen, config.encoder_width, 1)))
         out_channels = config.encoder_width
     else:
         small_stem = config.stem == "small" or (config.stem == "auto" and frame_size <= SMALL_STEM_PIXELS)
@@ -216,31 +220,35 @@ def _torchvision(config: ModelConfig, in_channels: int, small_stem: bool) -> tup
     from torchvision import models  # takes a second, and own encoders do without
 
     net = models.get_model(config.encoder, weights=None)
+    seen = in_channels * PLANES[config.frame_differences]
     if config.weights == "imagenet":
         net.load_state_dict(_imagenet_tensors(config.encoder))
     if config.encoder.startswith("resnet"):
-        if in_channels != 3:
-            net.conv1 = _with_input_channels(net.conv1, in_channels)
+        net.conv1 = _with_input_channels(net.conv1, in_channels, seen)
         if small_stem:
-            net.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+            net.conv1 = nn.Conv2d(seen, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
             net.maxpool = nn.Identity()
         children = OrderedDict((name, child) for name, child in net.named_children() if name not in ("avgpool", "fc"))
         return nn.Sequential(children), net.fc.in_features
     first = net.features[0]
-    if in_channels != 3:
-        first[0] = _with_input_channels(first[0], in_channels)
+    first[0] = _with_input_channels(first[0], in_channels, seen)
     if small_stem:
         first[0].stride = (1, 1)
     return nn.Sequential(OrderedDict(features=net.features)), net.features[-1].out_channels
 
 
-def _with_input_channels(conv: nn.Conv2d, in_channels: int) -> nn.Conv2d:
-    """The convolution for gray frames: a sum over the three kernels answers to gray as the net did to R = G = B."""
-    if in_channels != 1:
+def _with_input_channels(conv: nn.Conv2d, in_channels: int, seen: int) -> nn.Conv2d:
+    """The convolution for frames of 1 or 3 channels, of which it sees more: what comes behind them counts zero.
+
+    For gray frames a sum over the three kernels answers to gray as the net did to R = G = B.
+    """
+    if in_channels not in (1, 3):
         raise ConfigError(f"frames have 1 or 3 channels, not {in_channels}", where="data.channels")
-    gray = nn.Conv2d(
-        1,
+    if seen == 3 == in_channels:
+        return conv
+    other = nn.Conv2d(
+        seen,
         conv.out_channels,
         (conv.kernel_size[0], conv.kernel_size[1]),
         (conv.stride[0], conv.stride[1]),
@@ -248,8 +256,9 @@ def _with_input_channels(conv: nn.Conv2d, in_channels: int) -> nn.Conv2d:
         bias=False,
     )
     with torch.no_grad():
-        gray.weight.copy_(conv.weight.sum(1, keepdim=True))
-    return gray
+        other.weight.zero_()
+        other.weight[:, :in_channels] = conv.weight if in_channels == 3 else conv.weight.sum(1, keepdim=True)
+    return other
 
 
 def _imagenet_tensors(encoder: str) -> dict[str, Tensor]:
@@ -299,6 +308,6 @@ def _load_weights(layers: nn.Module, path: Path) -> None:
         raise ConfigError(
             f"the weights do not fit the encoder: {'; '.join(wrong[:3])}{more}",
             where=path,
-            hint="Set model.encoder, model.encoder_width, model.stem and data.channels as they were when it was saved.",
+            hint="Set model.encoder, encoder_width, stem, frame_differences and data.channels as when it was saved.",
         )
     layers.load_state_dict(tensors)

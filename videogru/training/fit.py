@@ -89,6 +89,12 @@ def trainable_classifier(config: Config, corpus: Corpus, *, processes: int = 1) 
             "train.early_stopping needs validation rows, and there are none",
             hint="Hold some out: --set data.val_fraction=0.1",
         )
+    if corpus.kind == "image" and config.model.frame_differences != "none":
+        raise ConfigError(
+            "an image has one frame, so nothing changes in it",
+            where="model.frame_differences",
+            hint="Use model.frame_differences=none.",
+        )
     classifier = build_classifier(config, len(corpus.classes))
     if train.optimizer == "muon":
         muon_groups(classifier, train)
