@@ -1,4 +1,4 @@
-"""Differences of frames against a loop, in a model against its members, and weights of still images kept as they are."""
+"""Differences of frames against a loop, in a model against its members, and beside weights of still images."""
 
 import numpy as np
 import pytest
