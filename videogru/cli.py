@@ -1,6 +1,6 @@
 """The command line: short, frozen flags; the only place that prints errors and exits.
 
-Exit codes: 0 ok, 1 internal error, 2 usage or config, 3 some inputs failed, 4 a gate refused, 130 interrupted.
+Exit codes: 0 ok, 1 internal error, 2 usage, settings or data, 3 some inputs failed, 130 interrupted.
 Heavy modules are imported inside the commands, so that `videogru --help` answers at once.
 """
 
@@ -160,7 +160,9 @@ def train(
     nodes: Annotated[
         int | None, typer.Option(help="Machines; start the command on each, see docs/training.md.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.", show_default=False)] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run folder to go on with, with its own settings.", show_default=False)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: runs/<data set>-NNNN.", show_default=False)
@@ -299,11 +301,14 @@ def infer(
     top_k: Annotated[int, typer.Option(min=1, help="Classes named per input.")] = 1,
     views: ViewsOption = "1x1",
     windows: Annotated[
-        bool, typer.Option("--windows", help="Find what shows when in long videos: a timeline and a picture of it.")
+        bool,
+        typer.Option(
+            "--windows", help="What shows when in long videos: a table, and a picture in timelines/ or by --out."
+        ),
     ] = False,
     window_seconds: Annotated[
         list[float] | None,
-        typer.Option(help="Length of the windows, repeatable; default: as trained.", show_default=False),
+        typer.Option(help="Length of the windows of --windows, repeatable; default: as trained.", show_default=False),
     ] = None,
     min_confidence: Annotated[
         float | None, typer.Option(min=0, max=1, help="Windows below do not count; default: 0.5.", show_default=False)
@@ -390,7 +395,7 @@ def data_check(
     name_or_folder: Annotated[str, typer.Argument(help="Name of a data set, folder of classes, or manifest .csv.")],
     data_dir: DataDirOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results; default: checks/<data set>.", show_default=False)
+        Path | None, typer.Option(help="Folder for the results; default: checks/<data set> here.", show_default=False)
     ] = None,
     set_: CheckSetOption = None,
 ) -> None:
