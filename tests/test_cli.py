@@ -73,6 +73,48 @@ def test_every_command_shows_examples(typed, command: list[str]) -> None:
     assert f"videogru {' '.join(command)}" in out
 
 
+def test_help_of_train_shows_the_defaults_of_the_settings(typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    from videogru.config import Config
+
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = typed("train", "--help")
+    assert code == 0
+    config = Config()
+    for flag, value in (
+        *(("--epochs", config.train.epochs), ("--batch-size", config.train.batch_size), ("--seed", config.train.seed)),
+        *(("--encoder", config.model.encoder), ("--seq", config.model.seq), ("--lr", f"{config.train.lr:g}")),
+    ):
+        (line,) = [line for line in out.splitlines() if line.startswith(f"│ {flag} ")]
+        assert f"Default: {value}." in line
+    assert typed("train", "--help")[1] == out
+
+
+@pytest.mark.parametrize("command", [["infer"], ["data", "info"], ["data", "check"]])
+def test_help_names_no_setting_that_a_command_does_not_take(typed, command: list[str]) -> None:
+    assert "model." not in typed(*command, "--help")[1].replace("model.safetensors", "")
+
+
+def test_data_list_fits_a_narrow_terminal(typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    wide = typed("data", "list")[1].splitlines()
+    monkeypatch.setattr("videogru.terminal.console", lambda: Console(width=80))
+    narrow = typed("data", "list")[1].splitlines()
+    assert len(wide) == 5 and narrow[0] == "adrenalmnist3d"
+    assert narrow[1].split() == [
+        "title",
+        "AdrenalMNIST3D,",
+        "shapes",
+        "of",
+        "adrenal",
+        "glands",
+        "segmented",
+        "from",
+        "CT",
+    ]
+    assert {line.split()[0] for line in narrow if line.startswith("  ")} == set(wide[0].split()[1:])
+
+
 def test_version(typed) -> None:
     import videogru
 

@@ -8,13 +8,13 @@ import pytest
 from videogru.config import known_keys
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/article.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/article.md", "docs/video.md", "docs/training.md"])
 def test_settings_and_tests_that_are_named_exist(repository: Path, name: str) -> None:
     text = (repository / name).read_text(encoding="utf-8")
     keys = set(re.findall(r"\b(?:data|model|train)\.[a-z_]+(?:\.[a-z_]+)?(?==)", text))
     assert keys <= set(known_keys())
     code = "\n".join(path.read_text(encoding="utf-8") for path in (repository / "tests").glob("test_*.py"))
-    tests = set(re.findall(r"\btest_\w+\b(?!\.py)", text)) - {"test_fraction"}
+    tests = set(re.findall(r"\btest_\w+\b(?!\.\w)", text)) - {"test_fraction"}
     assert not [test for test in tests if f"def {test}(" not in code]
     files = set(re.findall(r"\btest_\w+\.py\b", text))
     assert not [file for file in files if not (repository / "tests" / file).is_file()]
@@ -22,7 +22,9 @@ def test_settings_and_tests_that_are_named_exist(repository: Path, name: str) ->
         assert len(tests) > 20 and len(keys) > 15
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/article.md", "docs/log.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/article.md", "docs/video.md", "docs/training.md", "docs/log.md", "CHANGELOG.md"]
+)
 def test_links_and_tools_that_are_named_exist(repository: Path, name: str) -> None:
     place = repository / name
     text = place.read_text(encoding="utf-8")

@@ -41,6 +41,20 @@ def test_eval_repeats_the_evaluation(there: Path, tmp_path: Path) -> None:
     assert (tmp_path / "alone" / "predictions-test.csv").read_text() == first
 
 
+def test_eval_on_other_data_says_which_rows_were_trained_on(there: Path, tmp_path: Path) -> None:
+    with (there / "runs" / "images-0001" / "splits.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    table = there / "again.csv"
+    rows = "".join(f"images/{line['source']},{line['label']}\n" for line in lines)
+    table.write_text(f"source,label\n{rows}", encoding="utf-8")
+    trained = sum(line["split"] == "train" for line in lines)
+    done = videogru("eval", "runs/images-0001", "--dataset", table, "--out", tmp_path / "scores")
+    table.unlink()
+    assert done.code == 0
+    assert f"note: {trained} of these {len(lines)} rows are of files that runs/images-0001 was trained on" in done.err
+    assert "trained on" not in videogru("eval", "runs/images-0001", "--out", tmp_path / "own").err
+
+
 def test_eval_on_other_data_with_fewer_classes_in_another_order(there: Path, tmp_path: Path) -> None:
     """Labels are matched by name: a table with class b alone is scored as class b."""
     shutil.copytree("images/b", tmp_path / "pictures")

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 
 from videogru.config import DataConfig
 from videogru.data.batching import EpochBatches, Loaded, OrderedBatches
-from videogru.data.dataset import ClipDataset, ClipLoader
+from videogru.data.dataset import ArraySource, ClipDataset, ClipLoader
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.watchdog import Crew, Watch, watched_map
@@ -106,6 +108,37 @@ def test_other_errors_reach_the_parent_in_their_turn() -> None:
     with pytest.raises(ZeroDivisionError, match="a mistake of ours") as caught:
         next(answers)
     assert "in fails" in caught.value.__notes__[0]
+
+
+class Windows:
+    """Reads (file, window) rows, and notes down which it has begun."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, keys: list[tuple[str, int]], watch: Watch) -> list[str]:
+        said = []
+        for place, (name, window) in enumerate(keys):
+            try:
+                with watch.reading(place):
+                    (self.folder / f"{name} {window}").touch()
+                    misbehave(name)
+                    said.append("read")
+            except SourceError as error:
+                said.append(error.what)
+        return said
+
+
+@pytest.mark.parametrize("way", ["hang", "segfault"])
+def test_a_file_that_hangs_costs_the_timeout_once_whatever_its_windows(tmp_path: Path, way: str) -> None:
+    """A crash may be the system's doing: there each window is tried."""
+    tasks = [[(name, window + k) for k in range(2) for name in ("good", way)] for window in range(0, 6, 2)]
+    crew = Crew(Windows(tmp_path), num_workers=1, timeout_seconds=TIMEOUT, file_of=lambda key: key[0])
+    said = [word for answer in crew.run(tasks) for word in answer]
+    crew.close()
+    assert said == ["read", REASONS[way]] * 6
+    begun = sorted(path.name for path in tmp_path.iterdir())
+    assert begun == [f"good {k}" for k in range(6)] + [f"{way} {k}" for k in range(1 if way == "hang" else 6)]
 
 
 class Innocent:
@@ -222,6 +255,26 @@ def test_a_refused_row_is_not_opened_again_in_the_next_epoch() -> None:
     assert pids == loader._crew.pids  # type: ignore[union-attr]
     assert_same(first, second)
     loader.close()
+
+
+def test_windows_of_a_file_that_hangs_fail_at_once() -> None:
+    dataset = clips({0: "hang", 1: "hang", 2: "hang"}, count=6)
+    dataset.training = False  # augmenting would import MONAI first
+    manifest = build_manifest(Path(), ("a", "b"), ["x"] * 3 + ["y"] * 3, [0, 1] * 3)
+    dataset.corpus = replace(dataset.corpus, manifest=manifest, arrays=None)
+    arrays = np.zeros((5, 1, 8, 8), np.uint8)
+    dataset._open = partial(open_slowly, dataset.ways, arrays)  # type: ignore[method-assign, assignment]
+    rows = np.arange(6, dtype=np.int64)
+    started = time.monotonic()
+    (loaded,) = ClipLoader(dataset, OrderedBatches(rows, batch_size=6), num_workers=1)
+    assert time.monotonic() < started + 2.5 * TIMEOUT
+    assert [row for row, _ in loaded.failures] == [0, 1, 2]
+    assert all(REASONS["hang"] in reason for _, reason in loaded.failures)
+
+
+def open_slowly(ways: dict[int, str], array: np.ndarray, row: int) -> ArraySource:
+    misbehave(ways.get(row, "good"))
+    return ArraySource(array, Path("y"), "volume", DataConfig(frame_size=8, num_frames=3))
 
 
 def test_a_pass_that_is_left_early_leaves_nothing_behind() -> None:

@@ -3,23 +3,24 @@
     python tools/prepare_kinetics.py KINETICS --out KINETICS-256
     python tools/prepare_kinetics.py clips/set.csv --out clips-128 --short-side 128 --dry-run
 
-SOURCE is a folder (every video below it; the layout and Kinetics' tables are kept) or a manifest (a manifest.csv with
-the new names is written). What our reader reads is what is encoded: upright frames with square pixels at the times of
-the source, variable or not; sides are even, smaller videos keep their size, sound is left out. Each output is read
-again and compared with what went in (number and times of frames, PSNR of some) before it takes its name.
+SOURCE is a folder (every video file below it; the layout and Kinetics' tables are kept) or a manifest of video files
+(one of the same name is written for the outputs, with its labels, splits, groups and windows). What our reader reads is
+what is encoded: upright frames with square pixels at the times of the source, variable or not; sides are even, smaller
+videos keep their size, sound is left out. Each output is read again and compared with what went in (number and times
+of frames, PSNR of some) before it takes its name, which is that of the source with .mp4.
 
-prepared.csv in the output folder keeps what was done, so that a second call goes on; sources that cannot be prepared
-are listed in bad.csv with their reason, and the others go on (exit status 3). A source whose process dies or takes
-longer than --timeout-seconds is such a source.
+prepared.csv in the output folder keeps what was done, so that a second call does only the rest; sources that cannot be
+prepared are listed in bad.csv with their reason, and the others go on (exit status 3). A source whose process dies or
+takes longer than --timeout-seconds is such a source. A second call tries those again.
 """
 
-import csv
-import json
+import io
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,14 @@ import numpy as np
 import torch
 from measuring import Parser, exit_code
 from numpy.typing import NDArray
+from prepared_folder import BAD, Done, Found, Journal, bad, check_settings, find, outputs_of, part_of, write_tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional as F
 
-from videogru.data.columns import Text
-from videogru.data.frames import FrameSource, kind_of_name, media_files
-from videogru.data.manifest import Manifest, read_manifest
-from videogru.data.table import TABLE_SUFFIXES
+from videogru.config import DataConfig
+from videogru.data.frames import FrameSource
+from videogru.data.sources import open_source
 from videogru.data.video import open_video
 from videogru.data.watchdog import watched_map
 from videogru.errors import DataError, SourceError, VideogruError
@@ -46,6 +47,8 @@ TIME_TOLERANCE_SECONDS = 1e-4  # of a frame's time; the outputs count 90,000 tic
 SAMPLED_FRAMES = 8
 LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601
 BLOCK_BYTES = 256 * 2**20  # of decoded frames at a time
+TELL_SECONDS = 60.0  # between two lines of progress where there is no terminal for a bar
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,6 @@ class Settings:
     crf: int = 21
     preset: str = "fast"
     min_psnr: float = 26.0
-
-
-@dataclass(frozen=True)
-class Done:
-    """A line of prepared.csv; reason is '' where the output is good."""
-
-    source: str
-    output: str
-    reason: str
-    source_bytes: int
-    source_mtime_ns: int
-    output_bytes: int = 0
-    frames: int = 0
-    seconds: float = 0.0
-    width: int = 0
-    height: int = 0
-    worst_psnr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,19 +80,22 @@ def prepare(task: Task) -> Done:
     """Encode and verify one video. Raises SourceError or DataError with the reason why it cannot be prepared."""
     torch.set_num_threads(1)
     path, target = task.root / task.source, task.out / task.output
-    facts = path.stat()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with open_video(path) as source:
+    if path.is_dir():
+        raise SourceError("is a folder; only video files are prepared", where=path)
+    with open_source(path, data=DataConfig(), kind="video") as source:
+        facts = path.stat()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = part_of(target)
+        try:
             positions = source.positions
             size, samples = encode(source, part, task.settings)
-            if source.positions is not positions:
-                raise SourceError("its index does not hold: frames are not where it says", where=path)
-        worst = verify(part, positions, samples, task.settings.min_psnr)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+            if source.positions is not positions:  # the index was damaged; reading has corrected it
+                positions = source.positions
+                size, samples = encode(source, part, task.settings)
+            worst = verify(part, positions, source.extent[1], samples, task.settings.min_psnr)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
     return Done(
         task.source,
         task.output,
@@ -146,6 +135,11 @@ def encode(
     ticks = np.rint(source.positions * TICKS_PER_SECOND).astype(np.int64)
     if len(np.unique(ticks)) != count:
         raise SourceError("frames follow each other faster than 90,000 a second", where=source.path)
+    if ticks[0] < 0:
+        raise SourceError(f"begins before second 0, at {source.positions[0]:.3f}, which MP4 cannot", where=source.path)
+    # The last frame's end is that of the video, and so of its last window; x264 knows nothing of it.
+    ends = np.append(ticks[1:], max(round(source.extent[1] * TICKS_PER_SECOND), ticks[-1] + 1))
+    shown = dict(zip(ticks.tolist(), (ends - ticks).tolist(), strict=True))
     base = Fraction(1, TICKS_PER_SECOND)
     options = {"crf": str(settings.crf), "preset": settings.preset}
     # Without B-frames and with closed groups: a seek lands on a key frame, and what follows it needs nothing before.
@@ -166,8 +160,10 @@ def encode(
                 picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 picture.pts, picture.time_base = int(ticks[index]), base
                 for packet in stream.encode(picture):
+                    packet.duration = shown[packet.pts]
                     container.mux(packet)
         for packet in stream.encode():
+            packet.duration = shown[packet.pts]
             container.mux(packet)
     return (cols, rows), samples
 
@@ -180,7 +176,7 @@ def resized(frames: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
 
 
 def verify(
-    target: Path, positions: NDArray[np.float64], samples: dict[int, NDArray[np.uint8]], min_psnr: float
+    target: Path, positions: NDArray[np.float64], end: float, samples: dict[int, NDArray[np.uint8]], min_psnr: float
 ) -> float:
     """The worst sampled frame's PSNR of luma in dB. Raises DataError where the output is not the source."""
     with open_video(target) as output:
@@ -189,6 +185,8 @@ def verify(
         late = float(np.abs(output.positions - positions).max())
         if late > TIME_TOLERANCE_SECONDS:
             raise DataError(f"a frame of the output is {late:.4f} s off its time")
+        if abs(output.extent[1] - end) > TIME_TOLERANCE_SECONDS:
+            raise DataError(f"the output ends at {output.extent[1]:.4f} s instead of {end:.4f}")
         indices = sorted(samples)
         read = output.read(indices).permute(0, 2, 3, 1).numpy().astype(np.float64)
     # Luma alone: H.264 here keeps a quarter of the color, which saturated edges do not survive.
@@ -201,76 +199,7 @@ def verify(
     return worst
 
 
-# The folder -----------------------------------------------------------------------------------------------------
-
-
-def find(source: Path) -> tuple[Path, list[str], Manifest | None]:
-    """(root, paths below it, manifest if it is one) of what has to be prepared."""
-    if source.suffix.lower() in TABLE_SUFFIXES:
-        manifest = read_manifest(source)
-        return manifest.root, sorted(set(manifest.sources)), manifest
-    if not source.is_dir():
-        raise DataError("no such folder", where=source, hint="SOURCE is a folder, or a manifest .csv.")
-    root = source.resolve()
-    paths = [path for path in media_files(root) if kind_of_name(path.name) == "video"]
-    if not paths:
-        raise DataError("holds no video", where=source)
-    return root, [path.relative_to(root).as_posix() for path in paths], None
-
-
-def outputs_of(sources: list[str]) -> dict[str, str]:
-    """{source: output}; a second source whose output would have the same name gets '' instead."""
-    taken: set[str] = set()
-    outputs = {}
-    for source in sources:
-        output = str(Path(source).with_suffix(".mp4").as_posix())
-        outputs[source] = "" if output in taken else output
-        taken.add(output)
-    return outputs
-
-
-def read_journal(path: Path) -> dict[str, Done]:
-    """The last line of each source; a line that was cut off by a kill is left out."""
-    if not path.is_file():
-        return {}
-    lines: dict[str, Done] = {}
-    kinds = {field.name: field.type for field in fields(Done)}
-    with path.open(encoding="utf-8", newline="") as file:
-        for cells in csv.DictReader(file):
-            try:
-                values: dict[str, Any] = {
-                    name: cells[name] if kind is str else kind(cells[name])  # type: ignore[operator]
-                    for name, kind in kinds.items()
-                }
-            except (TypeError, ValueError, KeyError):
-                continue
-            lines[values["source"]] = Done(**values)
-    return lines
-
-
-def is_done(line: Done | None, root: Path, out: Path) -> bool:
-    """The output is there as it was verified, and the source is still the same."""
-    if line is None or line.reason:
-        return False
-    try:
-        source, output = (root / line.source).stat(), (out / line.output).stat()
-    except OSError:
-        return False
-    same = (source.st_size, source.st_mtime_ns) == (line.source_bytes, line.source_mtime_ns)
-    return same and output.st_size == line.output_bytes
-
-
-def check_settings(out: Path, settings: Settings) -> None:
-    """Raises DataError where the folder was filled with other settings; notes them down in a new one."""
-    path = out / "settings.json"
-    mine = asdict(settings)
-    if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        if theirs != mine:
-            raise DataError(f"was made with {theirs}, not {mine}", where=out, hint="Name another --out.")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine) + "\n", encoding="utf-8")
+# All of them ------------------------------------------------------------------------------------------------------
 
 
 def attempt(task: Task) -> Done:
@@ -291,16 +220,17 @@ def reason_of(error: BaseException) -> str:
 
 def prepare_all(options: Any, settings: Settings) -> int:
     """Prepare what is not prepared yet; returns the exit status."""
-    root, sources, manifest = find(options.source)
+    found = find(options.source)
+    root, sources = found.root, found.sources
     out: Path = options.out.resolve()
     if out == root or out.is_relative_to(root) or root.is_relative_to(out):
-        raise DataError("the output folder must lie beside the source's", where=out)
-    names = outputs_of(sources)
-    journal = read_journal(out / "prepared.csv")
-    waiting = [source for source in sources if not is_done(journal.get(source), root, out)]
+        hint = f"Its videos lie in {root}; name a folder beside it."
+        raise DataError("the output folder may not lie in the source's, nor around it", where=out, hint=hint)
+    check_settings(out, asdict(settings), write=False)
+    outputs, journal = outputs_of(sources), Journal(out)
+    waiting = [source for source in sources if not journal.is_done(source, outputs[source], root, out)]
     total = sum((root / source).stat().st_size for source in waiting if (root / source).is_file())
-    place = next(parent for parent in (out, *out.parents) if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(next(parent for parent in (out, *out.parents) if parent.is_dir())).free
     print(
         f"{len(sources)} videos, {len(sources) - len(waiting)} of them done; {len(waiting)} to do, "
         f"{total / 1e6:,.1f} MB; {free / 1e9:,.1f} GB free",
@@ -308,110 +238,104 @@ def prepare_all(options: Any, settings: Settings) -> int:
     )
     if options.dry_run:
         for source in waiting:
-            print(f"{source} -> {names[source] or 'nothing: the name is taken'}")
+            print(f"{source} -> {outputs[source]}")
         return 0
-    check_settings(out, settings)
-    keep_free = int(options.keep_free_gib * 2**30)
-    with (out / "prepared.csv").open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Done)], lineterminator="\n")
-        if not file.tell():
-            writer.writeheader()
+    check_settings(out, asdict(settings), write=True)
+    journal.mend()
+    tasks = [Task(root, out, source, outputs[source], settings) for source in waiting]
+    _work_off(tasks, journal, options)
+    return finish(found, outputs, journal, out)
 
-        def note(line: Done) -> None:
-            journal[line.source] = line
-            writer.writerow(asdict(line))
-            file.flush()
 
-        def tasks() -> Iterator[Task]:
-            for source in waiting:
-                if not names[source]:
-                    note(_bad(root, source, "another video has the same name but for its suffix"))
-                    continue
-                if shutil.disk_usage(out).free < keep_free:
-                    hint = "Make room, or lower --keep-free-gib; then call again."
-                    raise DataError(f"less than {options.keep_free_gib:g} GiB are left", where=out, hint=hint)
-                yield Task(root, out, source, names[source], settings)
+def _work_off(tasks: list[Task], journal: Journal, options: Any) -> None:
+    at_work: dict[str, Task] = {}
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-            bar = progress.add_task("preparing", total=len(waiting))
+    def handed_out() -> Iterator[Task]:
+        for task in tasks:
+            if shutil.disk_usage(task.out).free < options.keep_free_gib * 2**30:
+                hint = "Make room, or lower --keep-free-gib; the same command goes on."
+                raise DataError(f"less than {options.keep_free_gib:g} GiB of disk are free", where=task.out, hint=hint)
+            at_work[task.source] = task
+            yield task
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    terminal = sys.stderr.isatty()
+    told, failed = time.monotonic(), 0
+    try:
+        with Progress(*columns, console=Console(stderr=True), disable=not terminal) as progress:
+            bar = progress.add_task("preparing", total=len(tasks))
             answers = watched_map(
                 attempt,
-                tasks(),
+                handed_out(),
                 num_workers=options.processes,
                 timeout_seconds=options.timeout_seconds,
                 in_order=False,
                 method="spawn",  # decoders that were opened before a fork hang
             )
-            for task, answer in answers:
+            for done, (task, answer) in enumerate(answers, start=1):
+                del at_work[task.source]
                 if isinstance(answer, SourceError):
-                    (out / task.output).with_name(f".{Path(task.output).name}.part").unlink(missing_ok=True)
-                    answer = _bad(root, task.source, reason_of(answer))
-                note(answer)
-                progress.advance(bar)
-    return finish(out, root, sources, journal, manifest)
+                    for left in (task.out / task.output, part_of(task.out / task.output)):
+                        left.unlink(missing_ok=True)  # the first: of an earlier state of the source
+                    answer = bad(task.root, task.source, reason_of(answer))
+                    failed += 1
+                journal.note(answer)
+                progress.update(bar, completed=done, description=f"preparing ({failed} bad)" if failed else "preparing")
+                if not terminal and time.monotonic() >= told + TELL_SECONDS:
+                    told = time.monotonic()
+                    print(f"{done} of {len(tasks)}, {failed} of them bad", file=sys.stderr, flush=True)
+    finally:
+        for task in at_work.values():  # their processes were ended
+            part_of(task.out / task.output).unlink(missing_ok=True)
 
 
-def _bad(root: Path, source: str, reason: str) -> Done:
-    path = root / source
-    facts = path.stat() if path.is_file() else None
-    return Done(source, "", reason, facts.st_size if facts else 0, facts.st_mtime_ns if facts else 0)
-
-
-def finish(out: Path, root: Path, sources: list[str], journal: dict[str, Done], manifest: Manifest | None) -> int:
+def finish(found: Found, outputs: dict[str, str], journal: Journal, out: Path) -> int:
     """Write bad.csv and the tables, and print what became of all; 3 where something is bad."""
-    lines = [journal[source] for source in sources if source in journal]
-    good, bad = ([line for line in lines if bool(line.reason) == flag] for flag in (False, True))
-    with (out / "bad.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("source", "reason"))
-        writer.writerows((line.source, line.reason) for line in bad)
-    if manifest is not None:
-        outputs = {line.source: line.output for line in good}
-        rows = np.array([row for row, source in enumerate(manifest.sources) if source in outputs], np.int64)
-        kept = manifest.take(rows)
-        renamed = Text.of([outputs[source] for source in kept.sources])
-        groups = kept.groups if not kept.groups.is_column(kept.sources) else None
-        _with_sources(kept, renamed, groups, out).to_csv(out / "manifest.csv")
-    else:
-        for table in [*root.glob("*.csv"), *root.glob("annotations/*.csv")]:
-            (out / table.relative_to(root)).parent.mkdir(exist_ok=True)
-            shutil.copyfile(table, out / table.relative_to(root))
+    lines = [journal.lines[source] for source in found.sources]
+    good = [line for line in lines if not line.reason]
+    reasons = {line.source: line.reason for line in lines if line.reason}
+    write_tables(found, {line.source: outputs[line.source] for line in good}, reasons, out)
     before, after = (sum(getattr(line, name) for line in good) for name in ("source_bytes", "output_bytes"))
-    print(
-        f"{len(good)} prepared, {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB; {len(bad)} bad: see {out / 'bad.csv'}"
-    )
-    return 3 if bad else 0
-
-
-def _with_sources(manifest: Manifest, sources: Text, groups: Any, root: Path) -> Manifest:
-    from dataclasses import replace
-
-    from videogru.data.columns import Coded
-
-    return replace(manifest, root=root, sources=sources, groups=Coded.of(sources) if groups is None else groups)
+    print(f"{len(good)} of {len(lines)} videos are in {out}, {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB")
+    if found.manifest is not None and good:
+        print(f"their manifest: {out / found.table}")
+    if reasons:
+        source, reason = next(iter(reasons.items()))
+        print(f"{len(reasons)} could not be prepared: see {out / BAD}, such as {source}: {reason}")
+    return 3 if reasons else 0
 
 
 def main(words: list[str] | None = None) -> int:
     """Prepare and write; returns the exit status."""
     parser = Parser(prog="prepare_kinetics.py", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets the videos and the tables")
-    parser.add_argument("--short-side", type=int, default=256, help="pixels")
-    parser.add_argument("--gop", type=int, default=Settings.gop, help="frames from key frame to key frame")
-    parser.add_argument("--crf", type=int, default=Settings.crf, help="x264's quality, lower is better and larger")
-    parser.add_argument("--preset", default=Settings.preset, help="x264's preset")
-    parser.add_argument(
-        "--min-psnr", type=float, default=Settings.min_psnr, help="dB that each sampled frame must reach"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of videos, or a manifest")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets the videos and the tables")
+    shown = "%(default)s"
+    numbers: tuple[tuple[str, Any, str, str], ...] = (
+        ("--short-side", Settings.short_side, "PIXELS", f"larger videos are made as small as this (default: {shown})"),
+        ("--gop", Settings.gop, "FRAMES", f"from key frame to key frame (default: {shown})"),
+        ("--crf", Settings.crf, "0..51", f"x264's quality; lower is better and larger (default: {shown})"),
+        ("--min-psnr", Settings.min_psnr, "DB", f"that each sampled frame must reach (default: {shown})"),
+        ("--processes", 1, "N", f"videos at a time; each uses one core (default: {shown})"),
+        ("--timeout-seconds", 600.0, "SECONDS", f"for one video (default: {shown})"),
+        ("--keep-free-gib", 5.0, "GIB", f"of disk; where less is free, the work stops (default: {shown})"),
     )
-    parser.add_argument("--processes", type=int, default=1, help="videos at a time; each uses one core")
-    parser.add_argument("--timeout-seconds", type=float, default=600.0, help="for one video")
-    parser.add_argument("--keep-free-gib", type=float, default=5.0, help="of disk; below, the work stops")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    for flag, default, unit, text in numbers:
+        parser.add_argument(flag, type=type(default), default=default, metavar=unit, help=text)
+    parser.add_argument("--preset", choices=PRESETS, default=Settings.preset, help=f"x264's preset (default: {shown})")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     options = parser.parse_args(words)
-    if min(options.short_side, options.gop, options.processes, options.timeout_seconds) < 1 or options.short_side % 2:
-        parser.error("--short-side has to be even, --gop, --processes and --timeout-seconds at least 1")
+    for flag in ("gop", "processes", "timeout_seconds"):
+        if getattr(options, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} has to be at least 1")
+    if options.short_side < 2 or options.short_side % 2:
+        parser.error("--short-side has to be even, and at least 2")
+    if not 0 <= options.crf <= 51:
+        parser.error("--crf has to lie in 0..51")
+    for stream in (sys.stdout, sys.stderr):
+        # File names need not be valid text; one of them must not end the work.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     settings = Settings(options.short_side, options.gop, options.crf, options.preset, options.min_psnr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     kept = "what was prepared stays, the same command goes on"

@@ -1,6 +1,6 @@
 """The command line: short, frozen flags; the only place that prints errors and exits.
 
-Exit codes: 0 ok, 1 internal error, 2 usage or config, 3 some inputs failed, 4 a gate refused, 130 interrupted.
+Exit codes: 0 ok, 1 internal error, 2 usage, settings or data, 3 some inputs failed, 130 interrupted.
 Heavy modules are imported inside the commands, so that `videogru --help` answers at once.
 """
 
@@ -13,13 +13,14 @@ import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from videogru import __version__
 from videogru.errors import ConfigError, VideogruError
-from videogru.terminal import cell, console, show_facts, show_outcome
+from videogru.terminal import console, show_cards, show_facts, show_outcome
 
 app = typer.Typer(
     name="videogru",
@@ -53,9 +54,14 @@ class SplitName(StrEnum):
     test = "test"
 
 
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as model.hidden_size=256; repeatable."),
+def _set_option(help: str) -> Any:
+    return typer.Option("--set", metavar="KEY=VALUE", help=f"{help}; repeatable.")
+
+
+SetOption = Annotated[list[str] | None, _set_option("Any setting, as model.hidden_size=256")]
+DataSetOption = Annotated[list[str] | None, _set_option("Any data.* setting, as data.decoder=pyav")]
+CheckSetOption = Annotated[
+    list[str] | None, _set_option("Any data.* setting, as data.decoder=pyav, or train.num_workers=4")
 ]
 DataDirOption = Annotated[
     Path | None, typer.Option("--data-dir", help="Where the data of a named data set lie.", show_default=False)
@@ -90,14 +96,47 @@ def _main(
     pass
 
 
+# The settings that flags of `train` stand for.
+TRAIN_FLAGS = {
+    "dataset": "data.dataset",
+    "data_dir": "data.data_dir",
+    "seq": "model.seq",
+    "encoder": "model.encoder",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+    "devices": "train.devices",
+    "nodes": "train.nodes",
+    "seed": "train.seed",
+}
+
+
+class TrainCommand(typer.core.TyperCommand):
+    """Shows the defaults of its flags in --help; they live in `config.py`, which is read only then."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """With the defaults after what each flag means."""
+        from videogru.config import Config
+
+        defaults = Config().model_dump(mode="json")
+        for parameter in self.params:
+            section, _, key = TRAIN_FLAGS.get(parameter.name or "", "").partition(".")
+            value = defaults[section][key] if section else None
+            if isinstance(parameter, typer.core.TyperOption) and value not in (None, ""):
+                said = f" Default: {value:g}." if isinstance(value, float) else f" Default: {value}."
+                parameter.help = (parameter.help or "").removesuffix(said) + said
+        super().format_help(ctx, formatter)
+
+
 @app.command(
+    cls=TrainCommand,
     epilog="[bold]Examples[/bold]\n\n"
     "videogru train --dataset adrenalmnist3d\n\n"
     "videogru train --dataset grid_digits --epochs 20 --set model.cell=none\n\n"
     "videogru train --dataset cifar100 --seq rows --data-dir ~/data/cifar100\n\n"
     "videogru train --dataset clips/        (a folder with a subfolder per class)\n\n"
     "videogru train --dataset table.csv     (columns source,label[,split,group,start_seconds,end_seconds])\n\n"
-    "videogru train --resume runs/clips-0001"
+    "videogru train --resume runs/clips-0001",
 )
 def train(
     dataset: Annotated[
@@ -121,30 +160,35 @@ def train(
     nodes: Annotated[
         int | None, typer.Option(help="Machines; start the command on each, see docs/training.md.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.", show_default=False)] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run folder to go on with, with its own settings.", show_default=False)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: runs/<data set>-NNNN.", show_default=False)
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Train on a data set; leaves a run folder with the model file, scores and a report."""
+    """Train on a data set; leaves a run folder with the model file, scores and a report.
+
+    Recipes (configs/NAME.yaml, of the data set or its kind) set other defaults than those shown.
+    """
     from videogru import runs
     from videogru.config import parse_assignments
     from videogru.runfolder import run_config
 
-    flags = {
-        "data.dataset": dataset,
-        "data.data_dir": None if data_dir is None else str(data_dir),
-        "model.seq": seq,
-        "model.encoder": encoder,
-        "train.epochs": epochs,
-        "train.batch_size": batch_size,
-        "train.lr": lr,
-        "train.devices": devices,
-        "train.nodes": nodes,
-        "train.seed": seed,
-    }
+    values = (
+        dataset,
+        None if data_dir is None else str(data_dir),
+        seq,
+        encoder,
+        epochs,
+        batch_size,
+        lr,
+        devices,
+        nodes,
+    )
+    flags = dict(zip(TRAIN_FLAGS.values(), (*values, seed), strict=True))
     given = {key: value for key, value in flags.items() if value is not None}
     assigned = parse_assignments(set_ or [])
     progress = sys.stderr.isatty()
@@ -257,18 +301,21 @@ def infer(
     top_k: Annotated[int, typer.Option(min=1, help="Classes named per input.")] = 1,
     views: ViewsOption = "1x1",
     windows: Annotated[
-        bool, typer.Option("--windows", help="Find what shows when in long videos: a timeline and a picture of it.")
+        bool,
+        typer.Option(
+            "--windows", help="What shows when in long videos: a table, and a picture in timelines/ or by --out."
+        ),
     ] = False,
     window_seconds: Annotated[
         list[float] | None,
-        typer.Option(help="Length of the windows, repeatable; default: as trained.", show_default=False),
+        typer.Option(help="Length of the windows of --windows, repeatable; default: as trained.", show_default=False),
     ] = None,
     min_confidence: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Windows must be surer than this; default: 0.7.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    set_: SetOption = None,
+    set_: DataSetOption = None,
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
     from videogru.config import parse_assignments
@@ -315,15 +362,9 @@ def infer(
 @data_app.command(name="list", epilog="[bold]Example[/bold]\n\nvideogru data list")
 def data_list() -> None:
     """Data sets that ship with a card, and whether their data are here."""
-    from rich.table import Table
-
     from videogru.data.describe import list_cards
 
-    cards = list_cards()
-    table = Table(*cards[0], box=None, pad_edge=False)
-    for card in cards:
-        table.add_row(*("not here" if value is None else cell(value) for value in card.values()))
-    console().print(table)
+    show_cards(list_cards())
 
 
 @data_app.command(
@@ -336,7 +377,7 @@ def data_list() -> None:
 def data_info(
     name_or_folder: Annotated[str, typer.Argument(help="Name of a data set, folder of classes, or manifest .csv.")],
     data_dir: DataDirOption = None,
-    set_: SetOption = None,
+    set_: DataSetOption = None,
 ) -> None:
     """Classes, counts per split, shapes, durations or spacing of a data set."""
     from videogru import runs
@@ -356,9 +397,9 @@ def data_check(
     name_or_folder: Annotated[str, typer.Argument(help="Name of a data set, folder of classes, or manifest .csv.")],
     data_dir: DataDirOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results; default: checks/<data set>.", show_default=False)
+        Path | None, typer.Option(help="Folder for the results; default: checks/<data set> here.", show_default=False)
     ] = None,
-    set_: SetOption = None,
+    set_: CheckSetOption = None,
 ) -> None:
     """Decode everything; find what cannot be read, copies across splits, and mistakes in the table. Can be resumed."""
     from videogru import checks

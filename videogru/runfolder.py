@@ -4,9 +4,9 @@ import re
 import tempfile
 from pathlib import Path
 
-from videogru.config import Config, read_settings_file, resolve_config
-from videogru.data.layouts import Corpus
-from videogru.errors import ConfigError, DataError
+from videogru.config import Config, Split, read_settings_file, resolve_config
+from videogru.data.layouts import Corpus, open_corpus
+from videogru.errors import ConfigError, DataError, VideogruError
 from videogru.inference.predictions import atomic_text
 from videogru.modelfile import MODEL_FILE_NAME
 
@@ -99,3 +99,24 @@ def check_splits(corpus: Corpus, run: Path) -> None:
         where=saved,
         hint=f"Bring the files back, or start anew: videogru train --config {run / 'config.yaml'}",
     )
+
+
+def note_on_training(run: Path, corpus: Corpus, split: Split) -> str:
+    """What to say of rows of another data set that the run was trained on: how many there are; '' where none.
+
+    A row counts by its file, also where it is another window of it. Where there is no run, nothing is known or said.
+    """
+    if not (run / "splits.csv").is_file() or not (run / "config.yaml").is_file():
+        return ""
+    data = run_config(run).data
+    try:
+        own = open_corpus(data, seed=data.split_seed)
+        check_splits(own, run)
+    except VideogruError as error:
+        return (
+            f"note: the run's own data are not as they were ({error.what}), so rows that it was trained on may be here"
+        )
+    trained = {own.manifest.path(row) for row in own.manifest.rows("train").tolist()}
+    rows = corpus.manifest.rows(split).tolist()
+    seen = sum(corpus.manifest.path(row) in trained for row in rows)
+    return f"note: {seen} of these {len(rows)} rows are of files that {run} was trained on" if seen else ""

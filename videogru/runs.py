@@ -39,7 +39,7 @@ from videogru.inference.probe import Probe, probe
 from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
-from videogru.runfolder import begun_run, check_names, check_splits, remove_unfinished, run_config
+from videogru.runfolder import begun_run, check_names, check_splits, note_on_training, remove_unfinished, run_config
 from videogru.training.callbacks import rows_left_out
 from videogru.training.fit import Trained, fit, trainable_classifier
 from videogru.training.processes import Group, check_gpus, is_started, joined, this_group
@@ -328,6 +328,8 @@ def evaluate_run(
     for flag, value in (("--dataset", dataset), ("--data-dir", data_dir), ("--out", out)):
         words += [] if value is None else [flag, value]
     commands = [_typed(*words)]
+    if dataset is not None and (note := note_on_training(run, corpus, split)):
+        say(note)
     return assess(
         model, settings, corpus, target, splits=[split], commands=commands, device=device, views=views, say=say
     )

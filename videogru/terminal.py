@@ -33,6 +33,23 @@ def cell(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def show_cards(cards: list[dict[str, Any]]) -> None:
+    """A table of the data sets; one below the other where the terminal is too narrow for it."""
+    from rich.table import Table
+
+    table = Table(*cards[0], box=None, pad_edge=False)
+    rows = [{name: "not here" if value is None else cell(value) for name, value in card.items()} for card in cards]
+    for row in rows:
+        table.add_row(*row.values())
+    screen = console()
+    if screen.measure(table, options=screen.options.update(max_width=1000)).maximum <= screen.width:
+        screen.print(table)
+        return
+    for row in rows:
+        print(row.pop("name"))
+        show_facts(row, indent=2)
+
+
 def console() -> Any:
     """A rich console for stdout."""
     from rich.console import Console

@@ -174,8 +174,9 @@ class ClipLoader:
     """Iterates over `Loaded` batches in the sampler's order, whatever the number of workers.
 
     With workers, a row whose decoder hangs (`data.decode_timeout_seconds`) or kills its process becomes a failure of
-    its batch, and is not opened again as long as the loader lives. num_workers: 0 reads here, unwatched; persistent:
-    workers outlive a pass; method: fork, spawn or forkserver. Raises DataError where workers die without reading.
+    its batch, and is not opened again as long as the loader lives; after a hang, nor is any window of its file.
+    num_workers: 0 reads here, unwatched; persistent: workers outlive a pass; method: fork, spawn or forkserver. Raises
+    DataError where workers die without reading.
     """
 
     def __init__(
@@ -219,6 +220,11 @@ class ClipLoader:
             num_workers=self.num_workers,
             timeout_seconds=self.dataset.data.decode_timeout_seconds,
             row_of=itemgetter(1),
+            file_of=self._file_of,
             method=self.method,
             refused=self._refused,
         )
+
+    def _file_of(self, key: Key) -> int | str:
+        row = key[1]
+        return row if self.dataset.corpus.arrays is not None else self.dataset.corpus.manifest.sources[row]

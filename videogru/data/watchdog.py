@@ -146,8 +146,9 @@ class _Worker:
 class Crew:
     """`num_workers` processes that run a job on tasks (sequences of keys); those that die are replaced.
 
-    row_of: what stays the same of a key between epochs, so that a refused row is never opened again. Close it, or use
-    it up and drop it: its processes end with it, and with the parent.
+    row_of: what stays the same of a key between epochs, so that a refused row is never opened again; file_of: what
+    several rows share that hang alike (default: the row): one that took too long is not tried with its other windows.
+    Close it, or use it up and drop it: its processes end with it, and with the parent.
     """
 
     def __init__(
@@ -157,12 +158,14 @@ class Crew:
         num_workers: int,
         timeout_seconds: float,
         row_of: Callable[[Any], Hashable] = lambda key: key,
+        file_of: Callable[[Any], Hashable] | None = None,
         method: str | None = None,
         refused: dict[Hashable, str] | None = None,
     ) -> None:
         if num_workers < 1:
             raise ValueError(f"a crew needs at least one worker, not {num_workers}")
         self.job, self.timeout_seconds, self.row_of = job, timeout_seconds, row_of
+        self.file_of = file_of or row_of
         self.refused: dict[Hashable, str] = {} if refused is None else refused
         self._crashes: dict[Hashable, int] = {}
         self._context: Any = multiprocessing.get_context(start_method(method))
@@ -244,10 +247,7 @@ class Crew:
                 self._next += 1
             else:
                 return
-            refused = {}
-            if self.refused:
-                rows = (self.row_of(key) for key in task.keys)
-                refused = {place: self.refused[row] for place, row in enumerate(rows) if row in self.refused}
+            refused = self._refused(task.keys) if self.refused else {}
             message = ForkingPickler.dumps((task.number, task.keys, refused))
             if worker.tasks and sum(worker.bytes_sent.values()) + len(message) > _PIPE_BYTES:
                 self._again.appendleft(task)
@@ -257,6 +257,11 @@ class Crew:
             # A dead worker's task is found again when its outbox ends.
             with contextlib.suppress(OSError):
                 worker.inbox.send_bytes(message)
+
+    def _refused(self, keys: Sequence[Any]) -> dict[int, str]:
+        """Reasons by place."""
+        reasons = ((self.refused.get(self.file_of(key)) or self.refused.get(self.row_of(key))) for key in keys)
+        return {place: reason for place, reason in enumerate(reasons) if reason}
 
     def _collect(self, done: dict[int, Any], *, block: bool) -> None:
         """Take in what workers have sent; replace those that died."""
@@ -286,9 +291,10 @@ class Crew:
         at_work = int(worker.slot.value)
         task = worker.tasks.get(at_work >> _PLACE_BITS) if at_work != _IDLE else None
         if task is not None:
-            row = self.row_of(task.keys[at_work & (1 << _PLACE_BITS) - 1])
+            key = task.keys[at_work & (1 << _PLACE_BITS) - 1]
+            row = self.row_of(key)
             if code == -signal.SIGALRM:
-                self.refused[row] = f"decoding took longer than {self.timeout_seconds:g} s"
+                self.refused[self.file_of(key)] = f"decoding took longer than {self.timeout_seconds:g} s"
             else:
                 self._crashes[row] = self._crashes.get(row, 0) + 1
                 if self._crashes[row] == _CRASHES_PER_ROW:

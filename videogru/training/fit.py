@@ -200,7 +200,7 @@ def _optimize(
         several = {"strategy": DDPStrategy(**{_buffers_option(): False}), "num_nodes": group.nodes}
         plugins.append(TorchElasticEnvironment())
     with warnings.catch_warnings():
-        _quiet_lightning()
+        quiet_lightning()
         trainer = pl.Trainer(
             max_epochs=train.epochs,
             accelerator="auto",
@@ -300,7 +300,7 @@ def _cpu_has_bf16() -> bool:
     return bool(query()) if query else False
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
     """Hide Lightning's banner and the advice that does not apply here; everything else still shows."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for text in (
