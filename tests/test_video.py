@@ -14,6 +14,7 @@ import torch
 
 from videogru.data import video_pyav
 from videogru.data.video import open_video
+from videogru.data.video_index import PacketTable
 from videogru.data.video_pyav import PyavVideo
 from videogru.errors import ConfigError, SourceError
 
@@ -115,11 +116,20 @@ def test_neighbors_are_decoded_without_a_second_seek(tmp_path: Path, monkeypatch
         tmp_path / "a.mp4", range(40), options={"g": "20", "bf": "0", "sc_threshold": "0"}, base=Fraction(1, 25)
     )
     seeks: list[int] = []
-    original = PyavVideo._decode_from
-    monkeypatch.setattr(PyavVideo, "_decode_from", lambda self, key: seeks.append(key.pts) or original(self, key))
+    original = video_pyav.decode_run
+    monkeypatch.setattr(
+        video_pyav,
+        "decode_run",
+        lambda container, stream, table, key, *rest, **how: (
+            seeks.append(key.place) or original(container, stream, table, key, *rest, **how)
+        ),
+    )
     with PyavVideo(path) as video:
-        assert numbers(video.read([1, 2, 9, 19, 21, 22])) == [1, 2, 9, 19, 21, 22]
-    assert len(seeks) == 2
+        assert numbers(video.read([1, 2, 9, 18, 21, 22])) == [1, 2, 9, 18, 21, 22]
+        assert seeks == [0, 20]
+        # The key frame comes next anyway.
+        assert numbers(video.read(range(40))) == list(range(40))
+    assert seeks == [0, 20, 0]
 
 
 def test_a_seek_that_lands_wrong_falls_back_to_decoding_in_order(
@@ -127,7 +137,7 @@ def test_a_seek_that_lands_wrong_falls_back_to_decoding_in_order(
 ) -> None:
     path = make_video(tmp_path / "a.mp4", range(30), options={"g": "10"}, base=Fraction(1, 25))
     with PyavVideo(path) as video:
-        monkeypatch.setattr(video, "_place_of", {})
+        monkeypatch.setattr(PacketTable, "place_of", lambda *_: None)
         assert numbers(video.read([3, 14, 29])) == [3, 14, 29]
         assert video.details["access"] == "in order"
         assert numbers(video.read([0, 28])) == [0, 28]

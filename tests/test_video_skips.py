@@ -1,5 +1,6 @@
 """Frames that no other refers to are not decoded on the way; what is returned must not show it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from videogru.data import video_pyav, video_seek
 from videogru.data.video_pyav import PyavVideo
 
 COUNT = 60
@@ -53,11 +55,57 @@ def test_skipping_changes_no_bit(tmp_path: Path, variant: str, monkeypatch: pyte
             assert torch.equal(video.read(indices), expected[indices]), indices
 
 
-def test_what_no_frame_refers_to_is_not_decoded(tmp_path: Path) -> None:
+def decoded_for(path: Path, index: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Frames that the decoder gave for one."""
+    frames: list[object] = []
+    original = video_pyav.decode_run
+
+    def noted(*arguments: object, **how: bool) -> Iterator[object]:
+        for frame in original(*arguments, **how):
+            frames.append(frame)
+            yield frame
+
+    monkeypatch.setattr(video_pyav, "decode_run", noted)
+    with PyavVideo(path) as video:
+        video.read([index])
+    return len(frames)
+
+
+def test_what_no_frame_refers_to_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moving_picture(tmp_path / "a.mp4", VARIANTS["b-frames"])
-    decoded = []
-    with PyavVideo(tmp_path / "a.mp4") as video:
-        read_on = video._decode_from
-        video._decode_from = lambda key: (decoded.append(frame.pts) or frame for frame in read_on(key))
-        video.read([COUNT - 2])
-    assert 0 < len(decoded) < COUNT / 2
+    assert 0 < decoded_for(tmp_path / "a.mp4", COUNT - 2, monkeypatch) < COUNT / 2
+
+
+def test_the_decoder_is_emptied_after_the_last_wanted_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one packet behind the wanted frame's own is decoded: what is behind it may even be damaged."""
+    path = tmp_path / "a.mp4"
+    moving_picture(path, "bframes=3:b-pyramid=none:b-adapt=0:keyint=12:scenecut=0")
+    sent: list[int] = []
+    original = video_seek._packets_from
+
+    def noted(*arguments: object) -> Iterator[tuple[int | None, object]]:
+        for place, packet in original(*arguments):
+            sent.append(place)
+            yield place, packet
+
+    monkeypatch.setattr(video_seek, "_packets_from", noted)
+    with PyavVideo(path) as video:
+        table = video._table
+        assert table is not None
+        for index in range(COUNT):
+            sent.clear()
+            video.read([index])
+            assert sent[-1] == table.shown[index]
+
+
+def test_a_frame_that_may_lack_its_second_field_is_not_drained(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    moving_picture(path, VARIANTS["interlaced"])
+    with av.open(str(path)) as container:
+        whole = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    with PyavVideo(path) as video:
+        assert not video._drains
+        video._drains = True  # as where only later frames are interlaced
+        assert np.array_equal(video.read([7, 30]).permute(0, 2, 3, 1), whole[[7, 30]])
+        assert not video._drains
+        assert video.details["access"] == "by seeking"

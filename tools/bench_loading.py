@@ -4,7 +4,9 @@
 
 Every contender reads the same videos in the same order, 16 frames spread over each, and makes what an encoder takes:
 
-  videogru            ClipDataset in training: drawn times, resized, cropped; uint8, as the model normalizes
+  videogru            ClipDataset in training: drawn times, resized, cropped; uint8, as the model normalizes.
+                      "files": from the second opening on, when the index of each file is kept; "first opening": the
+                      index is forgotten before each clip
   videogru, cache     the same from data.cache=raw and jpeg, filled before
   decord              VideoReader.get_batch at the same indices, then torchvision's transforms on PIL images or tensors
   torchcodec          clips_at_random_indices, exact and approximate seeks, then the tensor transforms
@@ -42,6 +44,7 @@ from videogru.data.manifest import build_manifest
 from videogru.data.sampling import random
 from videogru.data.sources import open_source
 from videogru.data.video import open_video
+from videogru.data.video_index import kept_indexes
 from videogru.errors import DataError
 
 FRAMES = 16
@@ -65,6 +68,16 @@ def ours(paths: list[Path], data: DataConfig) -> Contender:
         if loaded.batch is None:
             raise DataError(loaded.failures[0][1])
         return loaded.batch.frames[0]
+
+    return clip
+
+
+def forgetful(contender: Contender) -> Contender:
+    """The same as if each video was opened for the first time."""
+
+    def clip(video: int, epoch: int) -> torch.Tensor:
+        kept_indexes.clear()
+        return contender(video, epoch)
 
     return clip
 
@@ -160,6 +173,7 @@ def contenders(paths: list[Path], size: int, cache: Path) -> tuple[dict[str, Con
     """All that can run here by name, and what was said of filling the caches or of what cannot run."""
     data = DataConfig(frame_size=size, num_frames=FRAMES).for_kind("video")
     found: dict[str, Contender] = {"videogru, files": ours(paths, data)}
+    found["videogru, files, first opening"] = forgetful(found["videogru, files"])
     notes: dict[str, Any] = {}
     for form in ("raw", "jpeg"):
         cached = data.model_copy(update={"cache": form, "cache_dir": cache})
@@ -204,11 +218,15 @@ def measure(title: str, paths: list[Path], size: int, epochs: int, rounds: int) 
         found, notes = contenders(paths, size, Path(cache))
         rates: dict[str, list[float]] = {name: [] for name in found}
         for contender in found.values():
-            clip = contender(0, 0)  # what is set up once
-            if tuple(clip.shape) != (FRAMES, 3, size, size):
-                raise DataError(f"a clip of shape {tuple(clip.shape)}", where=paths[0])
+            for video, path in enumerate(paths):
+                clip = contender(video, 0)  # what is set up once
+                if tuple(clip.shape) != (FRAMES, 3, size, size):
+                    raise DataError(f"a clip of shape {tuple(clip.shape)}", where=path)
         for round_ in range(rounds):
             for name, contender in found.items():
+                if name == "videogru, files":
+                    for video in range(len(paths)):
+                        contender(video, 0)  # the one before or after it has forgotten the indexes
                 start = time.process_time()
                 for epoch in range(epochs):
                     for video in range(len(paths)):

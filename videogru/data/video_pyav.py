@@ -5,15 +5,17 @@
   wanted: 9                                      ^ starts here
 
 A frame counts as found only when its time stamp is the one the index promised. Where stamps cannot be trusted
-(AVI with B-frames, MPEG streams) or a promise breaks, the whole stream is decoded in order instead.
+(AVI with B-frames, MPEG streams) or a promise breaks, the whole stream is decoded in order instead. The index of a file
+is kept for the next time it is opened (`video_index.py`); frames are checked against it all the same.
 """
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -25,6 +27,8 @@ from numpy.typing import NDArray
 
 from videogru.config import Kind
 from videogru.data.time_stamps import increasing, spread
+from videogru.data.video_index import Key, PacketTable, Picture, VideoIndex, facts_of, kept_indexes, row_of
+from videogru.data.video_seek import BrokenPromise, MaybeHalf, decode_run
 from videogru.errors import SourceError
 from videogru.sequence import Unit
 
@@ -34,19 +38,9 @@ MAX_FRAME_PIXELS = 2**26  # twice 8K; a damaged header claims anything
 _SEQUENTIAL_FORMATS = {"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "m4v"}
 # Lists of other files: a source is one file.
 _PLAYLISTS = {"hls", "concat", "dash", "imf", "sdp", "rtsp"}
+# Before PyAV 17 there was no other way than one thread.
+_ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 Result = TypeVar("Result")
-
-
-class _Key(NamedTuple):
-    """A key frame: its place in decoding order and its time stamps."""
-
-    place: int
-    pts: int
-    dts: int | None
-
-
-class _BrokenPromise(Exception):
-    """A frame is not where the index says."""
 
 
 class PyavVideo:
@@ -71,14 +65,10 @@ class PyavVideo:
         # One for all frames: frame.reformat() would set up a converter for each.
         self._reformatter = VideoReformatter()
         self._stream: Any = None
-        self._sequential = False
-        self._pts: NDArray[np.int64] = np.empty(0, np.int64)
-        self._places: list[int] = []
-        self._place_of: dict[tuple[int | None, int, int | None], int] = {}
-        self._keys: list[_Key] = []
-        self._reached = -1
-        self._wanted: set[int] = set()
-        self._skips = False
+        self._untouched = False  # since it was opened
+        self._table: PacketTable | None = None  # None: frames are found by decoding in order
+        self._picture: Picture
+        self._drains = False
         try:
             self.guard(self._index)
         except SourceError:
@@ -94,7 +84,7 @@ class PyavVideo:
             raise ValueError(f"indices {chosen[0]}..{chosen[-1]} are outside 0..{len(self.positions) - 1}")
         if self._container is None:
             raise ValueError(f"{self.path} is closed")
-        width, height = self._stored_size
+        width, height = self._picture.size
         if len(chosen) * width * height * 3 > MAX_CLIP_BYTES:
             raise SourceError(
                 f"{len(chosen)} frames of {width}x{height} need more than {MAX_CLIP_BYTES >> 30} GiB",
@@ -102,10 +92,11 @@ class PyavVideo:
                 hint="Lower data.num_frames, or make the video smaller first.",
             )
         frames = self.guard(lambda: self._read(chosen))
-        clip = torch.empty((len(frames), 3, *frames[0].shape[:2]), dtype=torch.uint8)
+        # Channels last in memory, as decoders give them: nothing is turned around, and resizing takes half the time.
+        clip = np.empty((len(frames), *frames[0].shape), np.uint8)
         for step, frame in enumerate(frames):
-            clip[step] = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
-        return clip
+            clip[step] = frame
+        return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
     def close(self) -> None:
         """Let go of the file; may be called twice."""
@@ -166,15 +157,34 @@ class PyavVideo:
         # Speed comes from worker processes; threads cost a third more and can lock up on damaged files.
         self._stream.thread_type = "NONE"
         self._stream.codec_context.thread_count = 1
+        self._untouched = True
 
     def _index(self) -> None:
+        """Open, and look through the packets unless the index of the file, as it is now, was kept."""
+        facts = facts_of(self.path)
         self._open()
+        steady = facts is not None and facts == facts_of(self.path)
+        kept = kept_indexes.find(self.path, facts) if facts is not None and steady else None
+        if kept is not None:
+            self._table, self._picture, self.positions, self.extent = kept[:4]
+            self.details = dict(kept.details)
+        else:
+            self._make_index()
+            if facts is not None and facts == facts_of(self.path):
+                details = dict(self.details)
+                index = VideoIndex(self._table, self._picture, self.positions, self.extent, details)
+                kept_indexes.keep(self.path, facts, index)
+        self.pixel_aspect = self._picture.aspect
+        # Other codecs have no delay, or may keep the fields of a frame in packets of their own.
+        self._drains = self._picture.progressive and self.details["codec"] in ("h264", "hevc")
+
+    def _make_index(self) -> None:
         stream, codec = self._stream, self._stream.codec_context
         first: Any = None
-        shown: list[tuple[int, int]] = []
-        durations: dict[int, int] = {}
+        rows: list[int] = []
         trusted = True
-        for place, packet in enumerate(self._container.demux(stream)):
+        vp8 = codec.name in ("vp8", "libvpx")
+        for packet in self._demux():
             if first is None:
                 try:
                     frames = packet.decode()
@@ -188,55 +198,47 @@ class PyavVideo:
             if packet.pts is None:
                 trusted = False
                 continue
-            self._place_of[_identity(packet)] = place
-            if packet.is_keyframe:
-                self._keys.append(_Key(place, packet.pts, packet.dts))
             # VP8 keeps frames that are only referred to in packets of their own.
-            hidden = codec.name in ("vp8", "libvpx") and not bytes(packet)[0] >> 4 & 1
-            if not packet.is_discard and not hidden:
-                shown.append((packet.pts, place))
-                durations[packet.pts] = packet.duration or 0
+            hidden = vp8 and not bytes(packet)[0] >> 4 & 1
+            rows += row_of(packet, shown=not packet.is_discard and not hidden)
         if first is None:
             raise SourceError("not one frame can be decoded", where=self.path, hint="Check that it plays.")
+        table = PacketTable.of(rows)
         self._describe(first)
-        in_order = [pts for pts, _ in shown]
-        shown.sort()
-        self._pts = np.array([pts for pts, _ in shown], np.int64)
-        self._places = [place for _, place in shown]
         formats = set(self._container.format.name.split(","))
         if "avi" in formats:  # AVI has no time stamps: FFmpeg makes them up, wrongly for B-frames.
             reordered = codec.has_b_frames or codec.name in ("h264", "hevc")
-            trusted = trusted and not reordered and in_order == self._pts.tolist()
+            trusted = trusted and not reordered and table.in_order
+        stamps = table.stamps
         if (
             not trusted
             or formats & _SEQUENTIAL_FORMATS
-            or len(durations) != len(shown)
-            or not shown
-            or first.pts != shown[0][0]  # the first to be shown gave no frame
-            or any(self._key_before(pts, place) is None for pts, place in shown)
+            or not len(stamps)
+            or not np.diff(stamps).all()  # two frames share a time
+            or first.pts != stamps[0]  # the first to be shown gave no frame
+            or not table.all_have_keys()
         ):
             self._decode_all(set(), set())
-        else:
-            self._publish(
-                self._pts * stream.time_base.numerator / stream.time_base.denominator, durations[shown[-1][0]]
-            )
+            return
+        base = stream.time_base
+        self._table = table
+        self._publish(stamps * base.numerator / base.denominator, table.last_duration)
 
     def _describe(self, frame: Any) -> None:
-        self._stored_size = (frame.width, frame.height)
-        self._transposed, self._flip_y, self._flip_x = _turn(frame)
-        # What no other frame refers to need not be decoded on the way to a wanted one; H.264 says so in each packet.
-        self._skips = self._stream.codec_context.name == "h264" and not frame.interlaced_frame
+        transposed, flip_y, flip_x = _turn(frame)
         aspect = self._stream.sample_aspect_ratio  # width of a pixel over its height, as stored
         ratio = float(aspect) if aspect else 1.0
-        self.pixel_aspect = ratio if self._transposed else 1.0 / ratio
-        width, height = self._stored_size[::-1] if self._transposed else self._stored_size
+        ratio = ratio if transposed else 1.0 / ratio
+        size = frame.width, frame.height
+        self._picture = Picture(size, transposed, flip_y, flip_x, not frame.interlaced_frame, ratio)
+        width, height = size[::-1] if transposed else size
         self.details |= {
             "codec": self._stream.codec_context.name,
             "format": self._container.format.name,
             "width": width,
             "height": height,
             "rotation_degrees": int(frame.rotation),
-            "pixel_aspect": self.pixel_aspect,
+            "pixel_aspect": ratio,
         }
         if self._stream.frames:
             self.details["declared_frames"] = int(self._stream.frames)
@@ -249,13 +251,14 @@ class PyavVideo:
             rate = self._stream.average_rate
             seconds = float(np.median(np.diff(positions))) if len(positions) > 1 else 1 / float(rate) if rate else tick
         self.positions = np.ascontiguousarray(positions, dtype=np.float64)
+        self.positions.flags.writeable = False  # it may be kept for others
         self.extent = (float(positions[0]), float(positions[-1]) + seconds)
         self.details["frames"] = len(positions)
         self.details["duration_seconds"] = self.extent[1] - self.extent[0]
-        self.details["access"] = "in order" if self._sequential else "by seeking"
+        self.details["access"] = "in order" if self._table is None else "by seeking"
 
     def _read(self, chosen: list[int]) -> list[NDArray[np.uint8]]:
-        if self._sequential:
+        if self._table is None:
             found: list[NDArray[np.uint8]] = []
             order = -1
             for order, frame in enumerate(self._frames_in_order()):
@@ -265,67 +268,36 @@ class PyavVideo:
                         return found
             raise self._truncated(chosen[len(found)], len(self.positions), order + 1)
         try:
-            return self._seek_each(chosen)
-        except (_BrokenPromise, FFmpegError):
-            return self._read_in_order(chosen)
+            return [frame for run in self._table.runs(chosen) for frame in self._read_run(self._table, *run)]
+        except (BrokenPromise, FFmpegError):
+            return self._read_in_order(self._table.stamps[chosen].tolist(), chosen)
 
-    def _seek_each(self, chosen: list[int]) -> list[NDArray[np.uint8]]:
+    def _read_run(self, table: PacketTable, key: Key | None, places: list[int]) -> list[NDArray[np.uint8]]:
+        """The frames of the packets at `places`, decoded from a key frame on."""
+        if key is None:
+            raise BrokenPromise
+        self._untouched = False
+        # Other codecs do not say in each packet whether another frame refers to it.
+        leave_out = self._picture.progressive and self.details["codec"] == "h264"
+        run = partial(decode_run, self._container, self._stream, table, key, places, leave_out=leave_out)
+        stamps = table.pts[places].tolist()
+        try:
+            return self._find(run(drain=self._drains), stamps)
+        except MaybeHalf:
+            self._drains = False
+            return self._find(run(drain=False), stamps)
+
+    def _find(self, frames: Iterator[Any], stamps: list[int]) -> list[NDArray[np.uint8]]:
         found = []
-        frames: Iterator[Any] = iter(())
-        self._reached = -1
-        self._wanted = {int(self._pts[index]) for index in chosen}
-        for index in chosen:
-            pts = int(self._pts[index])
-            key = self._key_before(pts, self._places[index])
-            if key is None:
-                raise _BrokenPromise
-            if key.place > self._reached:
-                frames = self._decode_from(key)
+        for pts in stamps:
             frame = next((frame for frame in frames if frame.pts >= pts), None)
             if frame is None or frame.pts != pts:
-                raise _BrokenPromise
+                raise BrokenPromise
             found.append(self.upright(frame))
         return found
 
-    def _key_before(self, pts: int, place: int) -> _Key | None:
-        return next((key for key in reversed(self._keys) if key.place <= place and key.pts <= pts), None)
-
-    def _decode_from(self, key: _Key) -> Iterator[Any]:
-        """Frames in order of time from a key frame on; keeps the place of the last packet in `_reached`."""
-        for target in (key.pts, key.dts):
-            if target is None:
-                continue
-            self._container.seek(target, stream=self._stream, backward=True, any_frame=False)
-            packets = self._container.demux(self._stream)
-            packet = next(packets, None)
-            landed = None if packet is None else self._place_of.get(_identity(packet))
-            if landed is not None and landed <= key.place:
-                break
-        else:
-            raise _BrokenPromise
-        last = key.pts - 1
-        self._reached = key.place
-        while packet is not None:
-            place = self._place_of.get(_identity(packet))
-            # With a damaged index, a seek may find other packets, or these with other stamps.
-            if place is None and packet.size and not packet.is_corrupt:
-                raise _BrokenPromise
-            self._reached = max(self._reached, -1 if place is None else place)
-            if self._skips:
-                self._stream.codec_context.skip_frame = "DEFAULT" if packet.pts in self._wanted else "NONREF"
-            for frame in packet.decode():
-                if frame.pts is not None and frame.pts < key.pts:
-                    continue
-                # After damage, what follows depends on all that was decoded before.
-                if frame.is_corrupt or frame.pts is None or frame.pts <= last:
-                    raise _BrokenPromise
-                last = frame.pts
-                yield frame
-            packet = next(packets, None)
-
-    def _read_in_order(self, chosen: list[int]) -> list[NDArray[np.uint8]]:
+    def _read_in_order(self, wanted: list[int], chosen: list[int]) -> list[NDArray[np.uint8]]:
         """The same frames after a broken promise, found by their time stamps in one pass over the whole stream."""
-        wanted = [int(self._pts[index]) for index in chosen]
         declared = len(self.positions)
         found, stamps = self._decode_all(set(wanted), set(chosen))
         if increasing(stamps):
@@ -365,14 +337,20 @@ class PyavVideo:
             duration = 0
         else:
             raise SourceError("has neither usable time stamps nor a frame rate", where=self.path, hint="Re-encode it.")
-        self._sequential = True
+        self._table = None
         self._publish(positions, duration)
         return found, stamps
 
     def packets(self) -> Iterator[Any]:
         """All packets of the stream from a fresh start, for who decodes the whole of it."""
-        self._open()
-        yield from self._container.demux(self._stream)
+        if not self._untouched:
+            self._open()
+        yield from self._demux()
+
+    def _demux(self) -> Iterator[Any]:
+        self._untouched = False
+        packets: Iterator[Any] = self._container.demux(self._stream)
+        return packets
 
     def _frames_in_order(self) -> Iterator[Any]:
         """All frames that can be decoded, in order of time, from a fresh start; counts the damaged in `details`."""
@@ -399,20 +377,14 @@ class PyavVideo:
 
     def upright(self, frame: Any) -> NDArray[np.uint8]:
         """A decoded frame as RGB (H W 3) of the first frame's size, turned as the file asks for."""
-        width, height = self._stored_size
+        picture = self._picture
+        width, height = picture.size
         # A stream may change its size midway; like FFmpeg, keep the first.
-        rgb: Any = self._reformatter.reformat(frame, width=width, height=height, format="rgb24")
+        rgb: Any = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", **_ONE_THREAD)
         pixels: NDArray[np.uint8] = rgb.to_ndarray()
-        if self._transposed:
+        if picture.transposed:
             pixels = pixels.transpose(1, 0, 2)
-        return pixels[:: -1 if self._flip_y else 1, :: -1 if self._flip_x else 1]
-
-
-def _identity(packet: Any) -> tuple[int | None, int, int | None]:
-    """What tells a packet in every pass: its bytes, which VP8's hidden frames do not share, and its time, which differs
-    where an edit list shows it twice. Not its dts: after a seek, Matroska's demuxer may not know it again.
-    """
-    return packet.pos, packet.size, packet.pts
+        return pixels[:: -1 if picture.flip_y else 1, :: -1 if picture.flip_x else 1]
 
 
 def _turn(frame: Any) -> tuple[bool, bool, bool]:
