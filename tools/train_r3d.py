@@ -133,13 +133,10 @@ def _train(net: R3D, config: Config, corpus: Corpus, out: Path, seconds: float) 
     scores = Scores(out, train, say=lambda text: print(text, flush=True), save=save)
     clock = Clock(seconds)
     state = ModelCheckpoint(out, filename="state", save_last=False, every_n_epochs=1, enable_version_counter=False)
-<<<<<<< HEAD
     callbacks: list[Callback] = [scores, clock, state]
     if train.ema_decay:  # behind `scores`, which keeps what was validated
         callbacks.insert(1, EMAWeightAveraging(decay=train.ema_decay, use_buffers=True))
-=======
     quiet_lightning()
->>>>>>> 498aec098c4d1f573612bb77e0b5df39a6a3c88f
     trainer = pl.Trainer(
         max_epochs=train.epochs,
         accelerator="auto",
