@@ -11,15 +11,24 @@ import os
 import signal
 import sys
 import traceback
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import typer.core
 
 from videogru import __version__
 from videogru.errors import ConfigError, VideogruError
+from videogru.options import (
+    TRAIN_FLAGS,
+    CheckSetOption,
+    DataDirOption,
+    DataSetOption,
+    Format,
+    SetOption,
+    SplitName,
+    TrainCommand,
+    ViewsOption,
+)
 from videogru.terminal import console, show_cards, show_facts, show_outcome
 
 app = typer.Typer(
@@ -36,41 +45,6 @@ app.add_typer(data_app, name="data")
 
 # A full disk, missing rights, a name too long: nothing that a traceback would explain.
 _OF_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
-
-
-class Format(StrEnum):
-    """How `infer` writes its rows."""
-
-    table = "table"
-    jsonl = "jsonl"
-    csv = "csv"
-
-
-class SplitName(StrEnum):
-    """Splits, as typed."""
-
-    train = "train"
-    val = "val"
-    test = "test"
-
-
-def _set_option(help: str) -> Any:
-    return typer.Option("--set", metavar="KEY=VALUE", help=f"{help}; repeatable.")
-
-
-SetOption = Annotated[list[str] | None, _set_option("Any setting, as model.hidden_size=256")]
-DataSetOption = Annotated[list[str] | None, _set_option("Any data.* setting, as data.decoder=pyav")]
-CheckSetOption = Annotated[
-    list[str] | None, _set_option("Any data.* setting, as data.decoder=pyav, or train.num_workers=4")
-]
-DataDirOption = Annotated[
-    Path | None, typer.Option("--data-dir", help="Where the data of a named data set lie.", show_default=False)
-]
-
-
-ViewsOption = Annotated[
-    str, typer.Option("--views", metavar="CLIPSxCROPS", help="Average over clips in time times crops, as 10x3.")
-]
 
 
 def _say(text: str) -> None:
@@ -94,38 +68,6 @@ def _main(
     ] = None,
 ) -> None:
     pass
-
-
-# The settings that flags of `train` stand for.
-TRAIN_FLAGS = {
-    "dataset": "data.dataset",
-    "data_dir": "data.data_dir",
-    "seq": "model.seq",
-    "encoder": "model.encoder",
-    "epochs": "train.epochs",
-    "batch_size": "train.batch_size",
-    "lr": "train.lr",
-    "devices": "train.devices",
-    "nodes": "train.nodes",
-    "seed": "train.seed",
-}
-
-
-class TrainCommand(typer.core.TyperCommand):
-    """Shows the defaults of its flags in --help; they live in `config.py`, which is read only then."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """With the defaults after what each flag means."""
-        from videogru.config import Config
-
-        defaults = Config().model_dump(mode="json")
-        for parameter in self.params:
-            section, _, key = TRAIN_FLAGS.get(parameter.name or "", "").partition(".")
-            value = defaults[section][key] if section else None
-            if isinstance(parameter, typer.core.TyperOption) and value not in (None, ""):
-                said = f" Default: {value:g}." if isinstance(value, float) else f" Default: {value}."
-                parameter.help = (parameter.help or "").removesuffix(said) + said
-        super().format_help(ctx, formatter)
 
 
 @app.command(
