@@ -52,6 +52,7 @@ def test_contenders_alternate() -> None:
         ),
         (["--out", "docs/article", "--minutes", "0"], "--out docs/article --minutes 0"),
         (["--data-dir", "a b", "--data-dir-of", "x"], "--data-dir DIR --data-dir-of x"),
+        (["--data-dir", "/a=b", "my gru=/a/runs/gru", "/c=d/e"], "--data-dir DIR 'my gru=gru' e"),
     ],
 )
 def test_a_published_command_does_not_tell_where_things_lie(words: list[str], shown: str) -> None:

@@ -60,13 +60,15 @@ def published(words: Sequence[str]) -> str:
     The folder of --data-dir becomes DIR; of any other absolute path the last part stays.
     """
     shown = []
-    for place, word in enumerate(words):
-        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if (flag or words[max(place - 1, 0)]) == "--data-dir" and (equals or not flag):
+    for before, word in zip(["", *words], words, strict=False):
+        # --flag=VALUE or NAME=VALUE, but not a path with an = in it
+        split = "=" in word and before != "--data-dir" and not Path(word).is_absolute()
+        name, equals, value = word.partition("=") if split else ("", "", word)
+        if before == "--data-dir" or name == "--data-dir":
             value = "DIR"
         elif Path(value).is_absolute():
             value = Path(value).name
-        shown.append(f"{flag}{equals}{value}")
+        shown.append(f"{name}{equals}{value}")
     return shlex.join(shown)
 
 
