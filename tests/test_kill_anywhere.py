@@ -93,7 +93,7 @@ def test_ended_at_ten_random_moments(tmp_path: Path, kind: str, number: int) -> 
         begun = (run / "config.yaml").exists()
         before = sum(log.read_text().count(text) for text in begins)
         process = start(["--resume", run] if begun else [*new, "--out", run], log)
-        # Three of ten before the training begins, the others inside it. A finished one is only evaluated: no time to hit.
+        # Three of ten before the training begins, the others inside it. A finished one is only evaluated: too short.
         seconds = moments.uniform(0, startup)
         if moments.random() < 0.7 and "finished already" not in log.read_text():
             says(log, begins, process, before + 1)
