@@ -223,3 +223,40 @@ def test_answers_with_a_failing_input(
     assert "1.00 to 3.00" in table
     assert "error: " in table
     assert any("1 inputs failed" in line for line in said)
+
+
+def test_a_video_without_a_picture_keeps_its_rows_and_those_of_others(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier, data = real_model()
+    card = make_card(classifier, kind="video", classes=CLASSES, data=data, window_seconds=(1.0,))
+    write_model(tmp_path / "model.safetensors", classifier, card)
+    monkeypatch.setattr(timeline_answers.Predictor, "from_file", lambda *_, **__: predictor())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.mp4").write_bytes(story.read_bytes())
+    strip = timeline_answers._strip
+
+    def of_sound_ones(reader: Predictor, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        if path.stem == "damaged":  # some windows can be read; a frame of the strip cannot
+            raise SourceError("declares 100 frames, 79 can be decoded", where=path)
+        return strip(reader, path)
+
+    monkeypatch.setattr(timeline_answers, "_strip", of_sound_ones)
+    said: list[str] = []
+    failed = timeline_answers.answer_windows(
+        ["damaged.mp4", "story.mp4"],
+        model=tmp_path / "model.safetensors",
+        out=None,
+        form="jsonl",
+        window_seconds=(),
+        min_confidence=0.5,
+        device="cpu",
+        settings={},
+        progress=False,
+        say=said.append,
+    )
+    assert failed == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["predicted"] for row in rows] == ["dark", "bright", "gray"] * 2
+    assert [path.name for path in (tmp_path / "timelines").iterdir()] == ["story.png"]
+    assert any("damaged.mp4" in line and "no picture: declares 100 frames" in line for line in said)

@@ -62,8 +62,12 @@ def answer_windows(
             continue
         records += to_records(text, timeline)
         picture = pictures.path(Path(text))
-        write_picture(picture, draw_timeline(timeline, *_strip(predictor, Path(text))))
-        say(f"{text}: {len(timeline.segments)} segments from {len(timeline.windows)} windows; picture {picture}")
+        try:
+            write_picture(picture, draw_timeline(timeline, *_strip(predictor, Path(text))))
+            told = f"picture {picture}"
+        except SourceError as error:  # windows beside the damage were read all the same
+            told = f"no picture: {error.what}"
+        say(f"{text}: {len(timeline.segments)} segments from {len(timeline.windows)} windows; {told}")
     written = _FORMS[form](records)
     if out is None:
         print(written, end="")
