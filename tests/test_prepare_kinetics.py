@@ -313,6 +313,15 @@ def test_videos_that_differ_in_their_suffix_are_both_prepared(clips: Path, tmp_p
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", ["prepared.csv", "bad.csv"])
+def test_a_manifest_does_not_overwrite_the_tables_of_the_tool(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (clips / name).write_text("source,label\n")
+    assert prepare(clips / name, tmp_path / "out") == 2
+    assert "another name" in capsys.readouterr().err
+
+
 def test_a_manifest_is_written_for_the_outputs(clips: Path, tmp_path: Path) -> None:
     rows = [
         ("x/1.mp4", "on", "train", "p1", "0.25", "0.75"),

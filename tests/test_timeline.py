@@ -236,7 +236,7 @@ def test_a_video_without_a_picture_keeps_its_rows_and_those_of_others(
     (tmp_path / "damaged.mp4").write_bytes(story.read_bytes())
     strip = timeline_answers._strip
 
-    def of_sound_ones(reader: Predictor, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    def of_sound_ones(reader: DataConfig, path: Path) -> tuple[np.ndarray, np.ndarray]:
         if path.stem == "damaged":  # some windows can be read; a frame of the strip cannot
             raise SourceError("declares 100 frames, 79 can be decoded", where=path)
         return strip(reader, path)
@@ -260,3 +260,36 @@ def test_a_video_without_a_picture_keeps_its_rows_and_those_of_others(
     assert [row["predicted"] for row in rows] == ["dark", "bright", "gray"] * 2
     assert [path.name for path in (tmp_path / "timelines").iterdir()] == ["story.png"]
     assert any("damaged.mp4" in line and "no picture: declares 100 frames" in line for line in said)
+
+
+def test_windows_that_cannot_be_read_are_told(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = story.read_bytes()
+    start = content.index(b"mdat")
+    size = int.from_bytes(content[start - 4 : start], "big")
+    hole = slice(start + size // 2, start + 3 * size // 4)
+    (tmp_path / "hole.mp4").write_bytes(content[: hole.start] + bytes(hole.stop - hole.start) + content[hole.stop :])
+    classifier, data = real_model()
+    card = make_card(classifier, kind="video", classes=CLASSES, data=data, window_seconds=(0.5,))
+    write_model(tmp_path / "model.safetensors", classifier, card)
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    failed = timeline_answers.answer_windows(
+        ["hole.mp4"],
+        model=tmp_path / "model.safetensors",
+        out=None,
+        form="jsonl",
+        window_seconds=(),
+        min_confidence=0.0,
+        device="cpu",
+        settings={},
+        progress=False,
+        say=said.append,
+    )
+    assert failed == 0
+    assert capsys.readouterr().out
+    (line,) = (line for line in said if "windows cannot be read" in line)
+    lost, total = (int(word) for word in line.split(": ")[1].split()[:3:2])
+    assert 0 < lost < total
+    assert "can be decoded" in line

@@ -11,7 +11,8 @@ end_seconds). Every video of the split gets a timeline, whose segments are compa
 - error rate: edits between the two lists of classes in order of time, over the number of rows (the word error rate of
   speech recognition, Levenshtein distance).
 
-Intervals: 95 %, percentile bootstrap over the videos. Writes OUT.json and OUT.md.
+Intervals: 95 %, percentile bootstrap over the videos. A video that cannot be read misses all its rows.
+Writes OUT.json and OUT.md.
 """
 
 import sys
@@ -26,7 +27,7 @@ from torchmetrics.functional.text import edit_distance
 
 from videogru.config import SPLITS, DataConfig
 from videogru.data.layouts import open_corpus
-from videogru.errors import DataError
+from videogru.errors import DataError, SourceError
 from videogru.inference.metrics import interval, resample_counts
 from videogru.inference.predict import Predictor
 from videogru.inference.timeline import MIN_CONFIDENCE, Segment, read_timeline
@@ -34,6 +35,7 @@ from videogru.modelfile import find_model
 
 OVERLAPS = (0.1, 0.25, 0.5)
 RESAMPLES = 1000
+SOME_FAILED = 3
 
 
 class Counts(NamedTuple):
@@ -57,33 +59,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--videos", type=int, default=0, help="only the first N; default: all")
     parser.add_argument("--min-confidence", type=float, default=MIN_CONFIDENCE, help="as of infer, default 0.7")
     options = parser.parse_args(words)
+    if options.videos < 0 or not 0 <= options.min_confidence <= 1:
+        parser.error("--videos wants 1 or more, --min-confidence a number from 0 to 1")
     facts = machine(["python", "tools/bench_timeline.py", *words])
     return exit_code("bench_timeline.py", lambda: work(options, facts), kept="nothing was written")
 
 
-def work(options: Any, facts: dict[str, object]) -> None:
-    """All of it."""
+def work(options: Any, facts: dict[str, object]) -> int:
+    """All of it; 3 where a video could not be read."""
     predictor = Predictor.from_file(find_model(options.model))
     truths = read_truths(options.table, options.split)
     if options.videos:
         truths = dict(list(truths.items())[: options.videos])
-    counts = []
+    counts, unread = [], {}
     for path, truth in progress(list(truths.items()), "videos"):
-        timeline = read_timeline(predictor, path, min_confidence=options.min_confidence, num_workers=0)
-        counts.append(compare(timeline.segments, truth))
+        segments: tuple[Segment, ...] = ()
+        try:
+            segments = read_timeline(predictor, path, min_confidence=options.min_confidence, num_workers=0).segments
+        except SourceError as error:
+            unread[path.name] = error.what
+        counts.append(compare(segments, truth))
     content = {
         "machine": facts,
         "split": options.split,
         "videos": len(counts),
         "rows": sum(one.rows for one in counts),
         "segments": sum(one.segments for one in counts),
+        "unread": unread,
         "scores": scores(counts),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out.with_suffix(".json"), content)
+    write_json(options.out.with_name(options.out.name + ".json"), content)
     text = markdown(content)
-    write_text(options.out.with_suffix(".md"), text)
+    write_text(options.out.with_name(options.out.name + ".md"), text)
     print(text)
+    return SOME_FAILED if unread else 0
 
 
 def read_truths(table: str, split: str) -> dict[Path, tuple[Segment, ...]]:
@@ -154,13 +164,14 @@ def _scores(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 
 def markdown(content: dict[str, Any]) -> str:
     """The table with what it was made of."""
+    unread = "; not read, all their rows missed: " + ", ".join(content["unread"]) if content["unread"] else ""
     lines = [
         "# Timelines against the truth",
         "",
         machine_sentence(content["machine"]),
         "",
         f"Split {content['split']}: {content['videos']:,} videos, {content['rows']:,} rows, {content['segments']:,} "
-        "segments. Intervals: 95 %, bootstrap over the videos. What the scores mean: `tools/bench_timeline.py`.",
+        f"segments{unread}. Intervals: 95 %, bootstrap over the videos. The scores: `tools/bench_timeline.py`.",
         "",
         "| score | value |",
         "|---|---:|",

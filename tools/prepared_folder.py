@@ -52,6 +52,9 @@ class Done:
 def find(source: Path) -> Found:
     """What SOURCE names. Raises DataError where it is neither a folder with a video nor a manifest."""
     if source.suffix.lower() in TABLE_SUFFIXES:
+        if f"{source.stem}.csv" in (JOURNAL, BAD):
+            hint = "Give the manifest another name."
+            raise DataError("is the name of a table that this tool writes itself", where=source, hint=hint)
         manifest = read_manifest(source)
         return Found(manifest.root, sorted(set(manifest.sources)), manifest, f"{source.stem}.csv")
     if not source.is_dir():

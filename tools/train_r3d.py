@@ -21,7 +21,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from measuring import INTERRUPTED, Parser, exit_code
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models.video import r3d_18
@@ -36,6 +36,7 @@ from videogru.inference.predict import Predictor
 from videogru.modelfile import ModelCard, find_model, read_card
 from videogru.models.classifier import Normalize
 from videogru.runfolder import run_config
+from videogru.training.averaging import weight_average
 from videogru.training.callbacks import Scores
 from videogru.training.fit import precision, quiet_lightning
 from videogru.training.task import SequenceTask
@@ -135,7 +136,7 @@ def _train(net: R3D, config: Config, corpus: Corpus, out: Path, seconds: float) 
     state = ModelCheckpoint(out, filename="state", save_last=False, every_n_epochs=1, enable_version_counter=False)
     callbacks: list[Callback] = [scores, clock, state]
     if train.ema_decay:  # behind `scores`, which keeps what was validated
-        callbacks.insert(1, EMAWeightAveraging(decay=train.ema_decay, use_buffers=True))
+        callbacks.insert(1, weight_average(train.ema_decay))
     quiet_lightning()
     trainer = pl.Trainer(
         max_epochs=train.epochs,

@@ -88,6 +88,14 @@ def may_have_workers() -> bool:
     return not multiprocessing.current_process().daemon
 
 
+def watched_call(function: Callable[[Row], Record], row: Row, *, timeout_seconds: float) -> Record:
+    """What `function` gives for a row, in a process of its own. Raises SourceError where it refuses, hangs or dies."""
+    ((_, answer),) = watched_map(function, [row], num_workers=1, timeout_seconds=timeout_seconds)
+    if isinstance(answer, SourceError):
+        raise answer
+    return answer
+
+
 def watched_map(
     function: Callable[[Row], Record],
     rows: Iterable[Row],

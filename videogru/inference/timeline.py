@@ -3,15 +3,18 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 from numpy.typing import NDArray
 
+from videogru.config import DataConfig
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.sources import open_source
+from videogru.data.watchdog import watched_call
 from videogru.errors import ConfigError, SourceError
 from videogru.inference.predict import Predictor
 
@@ -35,7 +38,8 @@ class Segment:
 class Timeline:
     """All windows of one video with their scores, and the segments chosen among them, in order of time.
 
-    extent: (start, end) of the video; windows: (N, 2) start and end; probabilities: (N K), NaN where reading failed.
+    extent: (start, end) of the video; windows: (N, 2) start and end; probabilities: (N K), NaN where reading failed;
+    lost: how many windows that was, and reason: why, of the first.
     """
 
     path: Path
@@ -44,6 +48,8 @@ class Timeline:
     windows: Float64[np.ndarray, "N 2"]
     probabilities: Float32[np.ndarray, "N K"]
     segments: tuple[Segment, ...]
+    lost: int = 0
+    reason: str = ""
 
 
 def read_timeline(
@@ -71,8 +77,9 @@ def read_timeline(
         )
     if not all(math.isfinite(length) and length > 0 for length in lengths):
         raise ConfigError(f"--window-seconds wants lengths above 0, got {', '.join(f'{x:g}' for x in lengths)}")
-    with open_source(path, data=predictor.data, kind="video") as source:
-        extent = source.extent
+    extent_of = partial(_extent_of, data=predictor.data)
+    seconds = predictor.data.decode_timeout_seconds
+    extent = extent_of(path) if num_workers == 0 else watched_call(extent_of, path, timeout_seconds=seconds)
     # Before they are made: a length in microseconds would fill the memory.
     many = HOPS_PER_WINDOW * len(lengths) * (extent[1] - extent[0]) / min(lengths)
     if many > MAX_WINDOWS:
@@ -102,7 +109,9 @@ def read_timeline(
         for k in kept.tolist()
     )
     probabilities = said.probabilities.astype(np.float32)
-    return Timeline(path, predictor.card.classes, extent, windows, probabilities, segments)
+    lost = int(said.failed.sum())
+    reason = next((error for error in said.errors if error), "")
+    return Timeline(path, predictor.card.classes, extent, windows, probabilities, segments, lost, reason)
 
 
 def slide(extent: tuple[float, float], lengths: Sequence[float]) -> Float64[np.ndarray, "N 2"]:
@@ -172,6 +181,11 @@ def join(segments: Iterable[Segment]) -> tuple[Segment, ...]:
         confidence = (last.confidence * first + segment.confidence * second) / (first + second)
         joined[-1] = Segment(last.start_seconds, segment.end_seconds, last.label, confidence)
     return tuple(replace(segment, confidence=round(segment.confidence, 6)) for segment in joined)
+
+
+def _extent_of(path: Path, *, data: DataConfig) -> tuple[float, float]:
+    with open_source(path, data=data, kind="video") as source:
+        return source.extent
 
 
 def _windows_of(path: Path, windows: Float64[np.ndarray, "N 2"], classes: tuple[str, ...]) -> Corpus:

@@ -5,14 +5,17 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from videogru.config import DataConfig
 from videogru.data.sources import open_source, read_clip
 from videogru.data.transforms import prepare_clip
+from videogru.data.watchdog import watched_call
 from videogru.errors import SourceError
 from videogru.inference.answers import Progress, Say, check_writable, data_settings, expand, newest_fitting
 from videogru.inference.predict import Predictor
@@ -63,10 +66,13 @@ def answer_windows(
         records += to_records(text, timeline)
         picture = pictures.path(Path(text))
         try:
-            write_picture(picture, draw_timeline(timeline, *_strip(predictor, Path(text))))
+            write_picture(picture, draw_timeline(timeline, *_strip(predictor.data, Path(text))))
             told = f"picture {picture}"
         except SourceError as error:  # windows beside the damage were read all the same
             told = f"no picture: {error.what}"
+        if timeline.lost:
+            lost = f"{timeline.lost} of {len(timeline.windows)} windows cannot be read"
+            say(f"{text}: {lost}; the first: {timeline.reason}")
         say(f"{text}: {len(timeline.segments)} segments from {len(timeline.windows)} windows; {told}")
     written = _FORMS[form](records)
     if out is None:
@@ -133,11 +139,14 @@ def _watched(
             bar[0].__exit__()
 
 
-def _strip(predictor: Predictor, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Frames at even times as squares (T H W 3), and their times."""
-    data = predictor.data.model_copy(
-        update={"num_frames": FRAMES, "sampling": "uniform", "frame_size": 128, "channels": 3, "fit": "crop"}
-    )
+def _strip(data: DataConfig, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Frames at even times as squares (T H W 3), and their times; read in a process of their own."""
+    shown = {"num_frames": FRAMES, "sampling": "uniform", "frame_size": 128, "channels": 3, "fit": "crop"}
+    read = partial(_read_strip, data=data.model_copy(update=shown))
+    return watched_call(read, path, timeout_seconds=data.decode_timeout_seconds)
+
+
+def _read_strip(path: Path, *, data: DataConfig) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     with open_source(path, data=data, kind="video") as source:
         clip = prepare_clip(read_clip(source, data=data), data=data, pixel_aspect=source.pixel_aspect)
     return clip.frames.permute(0, 2, 3, 1).contiguous().numpy(), clip.positions.numpy()

@@ -55,6 +55,7 @@ def draw_timeline(timeline: Timeline, frames: NDArray[np.uint8], times: NDArray[
 
     if shown:
         image, edges = _heat(timeline, shown)
+        scores.set_facecolor("#eceef0")  # where no window speaks
         drawn = scores.pcolormesh(edges, np.arange(len(shown) + 1), image, vmin=0, vmax=1, cmap="Blues")
         figure.colorbar(drawn, ax=[strip, bars, scores], label="probability", pad=0.01, fraction=0.03)
         scores.set_yticks(np.arange(len(shown)) + 0.5, shown, fontsize=8)
@@ -99,23 +100,24 @@ def _shown(timeline: Timeline) -> list[str]:
 
 
 def _heat(timeline: Timeline, shown: list[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(rows columns) highest probability of any window over each moment, and the (columns + 1) edges in seconds."""
+    """(rows columns) highest probability of any window over each moment, NaN without one, and the edges in seconds."""
     start, end = timeline.extent
     edges = np.linspace(start, end, 241)
-    heat = np.zeros((len(shown), len(edges) - 1))
+    heat = np.full((len(shown), len(edges) - 1), np.nan)
     codes = [timeline.classes.index(name) for name in shown]
-    scores = np.nan_to_num(timeline.probabilities[:, codes], nan=0.0)
+    scores = timeline.probabilities[:, codes]
     # A window speaks for its middle half: at its ends it mostly sees what comes before and after.
     quarter = (timeline.windows[:, 1] - timeline.windows[:, 0]) / 4
     first = np.searchsorted(edges, timeline.windows[:, 0] + quarter, side="right") - 1
     last = np.searchsorted(edges, timeline.windows[:, 1] - quarter, side="left")
     for window in range(len(timeline.windows)):
         part = heat[:, first[window] : max(last[window], first[window] + 1)]
-        np.maximum(part, scores[window][:, None], out=part)
+        np.fmax(part, scores[window][:, None], out=part)
     return heat, edges
 
 
 def _colors(count: int) -> list[tuple[float, ...]]:
     from matplotlib import colormaps
 
-    return [tuple(colormaps["tab10"](k % 10)) for k in range(count)]
+    # Without its blue, which is that of the scores.
+    return [tuple(colormaps["tab10"](1 + k % 9)) for k in range(count)]

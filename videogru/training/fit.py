@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
@@ -27,6 +27,7 @@ from videogru.data.layouts import Corpus
 from videogru.errors import ConfigError, DataError, Interrupted
 from videogru.modelfile import MODEL_FILE_NAME, ModelCard, make_card, write_model
 from videogru.models.classifier import Classifier
+from videogru.training.averaging import weight_average
 from videogru.training.callbacks import BadFiles, Scores
 from videogru.training.compiling import check_compiles
 from videogru.training.groups import muon_groups
@@ -183,7 +184,7 @@ def _optimize(
     # Scores first: see its docstring.
     callbacks: list[Callback] = [scores]
     if train.ema_decay:
-        callbacks.append(EMAWeightAveraging(decay=train.ema_decay, use_buffers=True))
+        callbacks.append(weight_average(train.ema_decay))
     if progress:
         callbacks.append(TQDMProgressBar(leave=False))
     file = StateFile(state)
