@@ -222,7 +222,7 @@ def test_answers_with_a_failing_input(
     table = capsys.readouterr().out
     assert "1.00 to 3.00" in table
     assert "error: " in table
-    assert any("1 inputs failed" in line for line in said)
+    assert any("1 input failed" in line for line in said)
 
 
 def test_a_video_without_a_picture_keeps_its_rows_and_those_of_others(

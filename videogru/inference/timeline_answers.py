@@ -73,7 +73,7 @@ def answer_windows(
         if timeline.lost:
             lost = f"{timeline.lost} of {len(timeline.windows)} windows cannot be read"
             say(f"{text}: {lost}; the first: {timeline.reason}")
-        say(f"{text}: {len(timeline.segments)} segments from {len(timeline.windows)} windows; {told}")
+        say(f"{text}: {_count(len(timeline.segments), 'segment')} from {len(timeline.windows)} windows; {told}")
     written = _FORMS[form](records)
     if out is None:
         print(written, end="")
@@ -82,7 +82,7 @@ def answer_windows(
             file.write(written)
         say(f"{len(records)} rows written to {out}")
     if failed:
-        say(f"{failed} inputs failed; the others are done")
+        say(f"{_count(failed, 'input')} failed; the others are done")
     return failed
 
 
@@ -150,6 +150,10 @@ def _read_strip(path: Path, *, data: DataConfig) -> tuple[NDArray[np.uint8], NDA
     with open_source(path, data=data, kind="video") as source:
         clip = prepare_clip(read_clip(source, data=data), data=data, pixel_aspect=source.pixel_aspect)
     return clip.frames.permute(0, 2, 3, 1).contiguous().numpy(), clip.positions.numpy()
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _as_jsonl(records: list[dict[str, Any]]) -> str:
