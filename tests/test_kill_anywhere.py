@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,12 @@ def data(kind: str, folder: Path) -> Path:
 
 def start(arguments: list[object], log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "videogru", "train", *map(str, arguments)]
+    # A shell's background job hands on that SIGINT is ignored.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with log.open("a") as file:
-        return subprocess.Popen(command, env=environment(), stderr=file, stdout=file, start_new_session=True)
+        return subprocess.Popen(
+            command, env=environment(), stderr=file, stdout=file, start_new_session=True, preexec_fn=listen
+        )
 
 
 def members(group: int) -> list[int]:
