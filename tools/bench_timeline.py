@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-confidence", type=float, default=MIN_CONFIDENCE, help="as of infer, default 0.7")
     options = parser.parse_args(words)
     if options.videos < 0 or not 0 <= options.min_confidence <= 1:
-        parser.error("--videos wants 1 or more, --min-confidence a number from 0 to 1")
+        parser.error("--videos wants 0 (all) or more, --min-confidence a number from 0 to 1")
     facts = machine(["python", "tools/bench_timeline.py", *words])
     return exit_code("bench_timeline.py", lambda: work(options, facts), kept="nothing was written")
 

@@ -119,18 +119,19 @@ def train(
     from videogru.config import parse_assignments
     from videogru.runfolder import run_config
 
-    values = (
-        dataset,
-        None if data_dir is None else str(data_dir),
-        seq,
-        encoder,
-        epochs,
-        batch_size,
-        lr,
-        devices,
-        nodes,
-    )
-    flags = dict(zip(TRAIN_FLAGS.values(), (*values, seed), strict=True))
+    values = {
+        "dataset": dataset,
+        "data_dir": None if data_dir is None else str(data_dir),
+        "seq": seq,
+        "encoder": encoder,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "devices": devices,
+        "nodes": nodes,
+        "seed": seed,
+    }
+    flags = {key: values[name] for name, key in TRAIN_FLAGS.items()}
     given = {key: value for key, value in flags.items() if value is not None}
     assigned = parse_assignments(set_ or [])
     progress = sys.stderr.isatty()

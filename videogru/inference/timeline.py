@@ -39,7 +39,7 @@ class Timeline:
     """All windows of one video with their scores, and the segments chosen among them, in order of time.
 
     extent: (start, end) of the video; windows: (N, 2) start and end; probabilities: (N K), NaN where reading failed;
-    lost: how many windows that was, and reason: why, of the first.
+    reason: why, of the first of these.
     """
 
     path: Path
@@ -48,8 +48,12 @@ class Timeline:
     windows: Float64[np.ndarray, "N 2"]
     probabilities: Float32[np.ndarray, "N K"]
     segments: tuple[Segment, ...]
-    lost: int = 0
     reason: str = ""
+
+    @property
+    def lost(self) -> int:
+        """How many windows could not be read."""
+        return int(np.isnan(self.probabilities).any(axis=1).sum())
 
 
 def read_timeline(
@@ -109,9 +113,8 @@ def read_timeline(
         for k in kept.tolist()
     )
     probabilities = said.probabilities.astype(np.float32)
-    lost = int(said.failed.sum())
     reason = next((error for error in said.errors if error), "")
-    return Timeline(path, predictor.card.classes, extent, windows, probabilities, segments, lost, reason)
+    return Timeline(path, predictor.card.classes, extent, windows, probabilities, segments, reason)
 
 
 def slide(extent: tuple[float, float], lengths: Sequence[float]) -> Float64[np.ndarray, "N 2"]:
