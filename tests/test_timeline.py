@@ -183,6 +183,29 @@ def test_the_picture_shows_frames_and_segments(story: Path, tmp_path: Path) -> N
     assert draw_timeline(empty, frames, np.array([0.5, 1.5, 2.5, 3.5])).startswith(b"\x89PNG")
 
 
+def answer(
+    videos: list[str],
+    model: Path,
+    said: list[str],
+    *,
+    out: Path | None = None,
+    form: str = "jsonl",
+    min_confidence: float = 0.5,
+) -> int:
+    return timeline_answers.answer_windows(
+        videos,
+        model=model,
+        out=out,
+        form=form,
+        window_seconds=(),
+        min_confidence=min_confidence,
+        device="cpu",
+        settings={},
+        progress=False,
+        say=said.append,
+    )
+
+
 def test_answers_with_a_failing_input(
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,18 +218,7 @@ def test_answers_with_a_failing_input(
     said: list[str] = []
 
     def ask(out: Path | None, form: str) -> int:
-        return timeline_answers.answer_windows(
-            ["story.mp4", "cut.mp4"],
-            model=tmp_path / "model.safetensors",
-            out=out,
-            form=form,
-            window_seconds=(),
-            min_confidence=0.5,
-            device="cpu",
-            settings={},
-            progress=False,
-            say=said.append,
-        )
+        return answer(["story.mp4", "cut.mp4"], tmp_path / "model.safetensors", said, out=out, form=form)
 
     assert ask(None, "jsonl") == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -243,18 +255,7 @@ def test_a_video_without_a_picture_keeps_its_rows_and_those_of_others(
 
     monkeypatch.setattr(timeline_answers, "_strip", of_sound_ones)
     said: list[str] = []
-    failed = timeline_answers.answer_windows(
-        ["damaged.mp4", "story.mp4"],
-        model=tmp_path / "model.safetensors",
-        out=None,
-        form="jsonl",
-        window_seconds=(),
-        min_confidence=0.5,
-        device="cpu",
-        settings={},
-        progress=False,
-        say=said.append,
-    )
+    failed = answer(["damaged.mp4", "story.mp4"], tmp_path / "model.safetensors", said, min_confidence=0.5)
     assert failed == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["predicted"] for row in rows] == ["dark", "bright", "gray"] * 2
@@ -275,18 +276,7 @@ def test_windows_that_cannot_be_read_are_told(
     write_model(tmp_path / "model.safetensors", classifier, card)
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
-    failed = timeline_answers.answer_windows(
-        ["hole.mp4"],
-        model=tmp_path / "model.safetensors",
-        out=None,
-        form="jsonl",
-        window_seconds=(),
-        min_confidence=0.0,
-        device="cpu",
-        settings={},
-        progress=False,
-        say=said.append,
-    )
+    failed = answer(["hole.mp4"], tmp_path / "model.safetensors", said, min_confidence=0.0)
     assert failed == 0
     assert capsys.readouterr().out
     (line,) = (line for line in said if "windows cannot be read" in line)
