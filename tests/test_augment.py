@@ -225,3 +225,35 @@ def test_copied_pixels_are_those_of_a_resampling(size, dtype, change) -> None:
     resampled = augment_batch(frames, full(frames), config=config.model_copy(update={"scale": 1e-7}), **key)
     torch.testing.assert_close(copied, resampled, rtol=0, atol=1e-4)
     assert not torch.equal(copied, frames if dtype == torch.float32 else frames.float() / 255)
+
+
+@pytest.mark.parametrize(
+    ("axes", "order", "mirrored"), [("x", "zyx", 3), ("z", "zyx", 0), ("y", "yzx", 0), ("x", "xzy", 0)]
+)
+def test_volumes_are_mirrored_along_the_patients_axes_that_allow_it(axes: str, order: str, mirrored: int) -> None:
+    frames = torch.rand(5, 1, 6, 7, generator=torch.Generator().manual_seed(0))
+    config = AugmentConfig(flip=0.5, flip_axes=axes)
+    seen = set()
+    for index in range(16):
+        changed = augment_volume(frames, config=config, order=order, seed=0, epoch=0, index=index)
+        seen.add(torch.equal(changed, frames.flip(mirrored)))
+        assert torch.equal(changed, frames) or torch.equal(changed, frames.flip(mirrored))
+    assert seen == {True, False}
+
+
+def test_a_bias_field_is_smooth_and_gamma_keeps_order() -> None:
+    flat = torch.full((8, 1, 16, 16), 0.5)
+    biased = augment_volume(flat, config=AugmentConfig(bias_field=0.1), seed=0, epoch=0, index=1)
+    ratio = biased / flat
+    assert float(ratio.std()) > 0.02
+    for axis in (0, 2, 3):
+        # A polynomial of the third degree: its fourth differences are zero.
+        assert float(ratio.log().diff(n=4, dim=axis).abs().max()) < 1e-4
+        assert float(ratio.log().diff(dim=axis).abs().max()) > 1e-3
+    ramp = torch.linspace(0, 1, 8 * 256).view(8, 1, 16, 16)
+    bent = augment_volume(ramp, config=AugmentConfig(gamma=0.5), seed=0, epoch=0, index=2)
+    assert bool((bent.flatten().diff() >= 0).all())
+    assert float((bent - ramp).abs().max()) > 0.02
+    power = (bent.flatten()[1:-1].log() / ramp.flatten()[1:-1].log()).median()
+    torch.testing.assert_close(bent, ramp**power, rtol=0, atol=1e-3)
+    assert 1 / 1.5 <= float(power) <= 1.5

@@ -22,7 +22,7 @@ from videogru.models.classifier import Classifier
 class Rising(nn.Module):
     """Class 1 where the brightness rises from the first valid step to the last, else 0; of equals 2."""
 
-    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
         means = frames.float().mean((2, 3, 4))
         last = means.gather(1, lengths[:, None] - 1)[:, 0]
         rise = torch.sign(last - means[:, 0])
@@ -32,7 +32,7 @@ class Rising(nn.Module):
 class Brightest(nn.Module):
     """Class 1 where the mean of the valid steps is bright, else 0: no order in it."""
 
-    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
         valid = torch.arange(frames.shape[1]) < lengths[:, None]
         mean = (frames.float().mean((2, 3, 4)) * valid).sum(1) / lengths
         return torch.stack([0.5 - mean, mean - 0.5, torch.full_like(mean, -9.0)], dim=1)

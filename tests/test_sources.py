@@ -17,7 +17,7 @@ from videogru.data.image import StillImage
 from videogru.data.sources import DICOM_SUFFIXES, open_source, read_clip, read_clips
 from videogru.data.video_pyav import PyavVideo
 from videogru.data.volume import Volume
-from videogru.errors import SourceError
+from videogru.errors import ConfigError, SourceError
 
 DATA = DataConfig(num_frames=4, percentile_low=0, percentile_high=100)
 
@@ -242,3 +242,32 @@ def test_an_image_clip(tmp_path: Path) -> None:
         clip = read_clip(source, data=DATA, draws=np.full(5, 0.7))
     assert clip.frames.shape == (1, 3, 3, 4)
     assert (clip.unit, clip.positions.tolist()) == ("index", [0.0])
+
+
+@pytest.mark.parametrize("slab", [3, 5])
+def test_a_slab_has_the_neighbors_in_the_scan_as_channels(tmp_path: Path, slab: int) -> None:
+    """Of the scan, not of the chosen slices; beyond the ends the last slice stands again."""
+    values = np.random.default_rng(0).integers(0, 255, (6, 6, 9), dtype=np.uint8)
+    nib.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "scan.nii")
+    data = DataConfig(num_frames=4, slab=slab, intensity="window").for_kind("volume")
+    plain = DataConfig(sampling="all", intensity="window").for_kind("volume")
+    with open_source(tmp_path / "scan.nii", data=data) as source:
+        clip, several = read_clip(source, data=data), read_clips(source, data=data, num_clips=2)
+        whole = read_clip(source, data=plain).frames[:, 0]
+    assert data.channels == slab
+    for found in (clip, *several):
+        assert found.frames.shape == (4, slab, 6, 6)
+        for step, position in enumerate(found.positions.long().tolist()):
+            around = [min(max(position + k - slab // 2, 0), 8) for k in range(slab)]
+            assert torch.equal(found.frames[step], whole[around])
+
+
+def test_slabs_are_for_volumes_and_odd() -> None:
+    for kind in ("video", "image"):
+        with pytest.raises(ConfigError, match="slab"):
+            DataConfig(slab=3).for_kind(kind)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="odd"):
+        DataConfig(slab=2)
+    for channels, given in ((2, 1), (1, 3)):
+        with pytest.raises(ValueError, match="channels"):
+            DataConfig(slab=given, channels=channels)

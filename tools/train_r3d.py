@@ -53,7 +53,7 @@ class R3D(nn.Module):
         self.normalize = Normalize(mean, std)
         self.net = r3d_18(weights=None, num_classes=num_classes).to(memory_format=torch.channels_last_3d)
 
-    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor, gaps: torch.Tensor | None = None) -> torch.Tensor:
         """Logits; each clip's valid steps are stretched to `steps` by the nearest in time, gray is repeated."""
         places = (torch.arange(self.steps, device=frames.device) + 0.5) / self.steps
         chosen = (places * lengths.unsqueeze(1)).long()

@@ -16,6 +16,7 @@ from videogru.errors import ConfigError
 Kind = Literal["video", "volume", "image"]
 Split = Literal["train", "val", "test"]
 FrameDifferences = Literal["none", "past", "both"]
+MAX_CHANNELS = 15
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -43,6 +44,16 @@ class AugmentConfig(Settings):
     contrast: Fraction = Field(0.0, description="largest relative change of contrast")
     noise: Fraction = Field(0.0, description="largest sd of Gaussian noise, as a fraction of full range")
     shift_seconds: float = Field(0.0, ge=0, description="largest shift of a start_seconds,end_seconds window in time")
+    flip_axes: str = Field(
+        "xyz",
+        pattern="^x?y?z?$",
+        description="axes of the patient that flip mirrors in volumes: x left-right, y back-front, z feet-head",
+    )
+    bias_field: float = Field(
+        0.0, ge=0, lt=10, description="largest coefficient of a smooth factor over volumes, as of an MRI coil"
+    )
+    gamma: float = Field(0.0, ge=0, lt=10, description="volumes: intensity ** g, g up to 1 + this or 1 / as much")
+    drop_steps: Fraction = Field(0.0, description="largest share of a clip's steps that are left out, at random places")
     erase: Fraction = Field(
         0.0, description="probability of filling one square with the mean (volumes: a block with 0)"
     )
@@ -70,7 +81,12 @@ class DataConfig(Settings):
     context_seconds: float = Field(
         0.0, ge=0, description="read before and after each start_seconds,end_seconds window, inside the video"
     )
-    channels: Literal[1, 3] | None = Field(None, description="1 gray, 3 RGB; default: 1 for volumes, else 3")
+    channels: int | None = Field(
+        None, ge=1, le=MAX_CHANNELS, description="1 gray, 3 RGB; default: data.slab for volumes, else 3"
+    )
+    slab: int = Field(
+        1, ge=1, le=MAX_CHANNELS, description="odd; each step of a volume is a slice with its neighbors as channels"
+    )
     fit: Literal["crop", "pad", "stretch"] | None = Field(
         None, description="to a square: crop the center, pad, or stretch; default: pad for volumes, else crop"
     )
@@ -118,11 +134,22 @@ class DataConfig(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _channels_fit(self) -> "DataConfig":
+        if self.slab % 2 == 0:
+            raise ValueError(f"data.slab = {self.slab} must be odd: a slice and as many neighbors on each side")
+        allowed = (1, 3) if self.slab == 1 else (self.slab,)
+        if self.channels is not None and self.channels not in allowed:
+            raise ValueError(f"data.channels = {self.channels} must be {' or '.join(map(str, allowed))}")
+        return self
+
     def for_kind(self, kind: Kind) -> "DataConfig":
         """The same with the defaults that depend on the kind of source filled in.
 
         Raises ConfigError where a setting is for another kind.
         """
+        if kind != "volume" and self.slab != 1:
+            raise ConfigError(f"data.slab is for volumes, not for a {kind}", hint="Leave it at 1.")
         if kind != "video":
             for key in ("context_seconds", "augment.shift_seconds"):
                 if self.context_seconds if key == "context_seconds" else self.augment.shift_seconds:
@@ -137,7 +164,7 @@ class DataConfig(Settings):
         volume = kind == "volume"
         return self.model_copy(
             update={
-                "channels": self.channels or (1 if volume else 3),
+                "channels": self.channels or (self.slab if volume else 3),
                 "fit": self.fit or ("pad" if volume else "crop"),
                 "num_frames": 1 if kind == "image" else self.num_frames,
             }
@@ -174,13 +201,16 @@ class ModelConfig(Settings):
     frame_differences: FrameDifferences = Field(
         "none", description="channels that show the change since the frame before (past), and to the next one (both)"
     )
-    cell: Literal["gru", "lstm", "hypergru", "mingru", "none"] = Field(
-        "gru", description="none: no recurrent part, the order-free twin"
+    cell: Literal["gru", "lstm", "hypergru", "mingru", "convgru", "none"] = Field(
+        "gru",
+        description="convgru: keeps the map through the recurrence, for seq=frames; none: no recurrent part, the "
+        "order-free twin",
     )
     temporal: Literal["bi", "causal"] = "bi"
     hidden_size: int = Field(128, ge=1, le=16_384, description="units per direction")
     num_layers: int = Field(1, ge=1, le=64)
     residual: bool = Field(False, description="add each recurrent layer's input to its output, projected to its width")
+    use_gaps: bool = Field(False, description="the recurrent part reads how far apart the steps lie, in mm or seconds")
     hyper_size: int = Field(32, ge=1, le=4096, description="units of the small GRU that modulates a hypergru")
     local_attention: int = Field(
         0, ge=0, le=1024, description="steps to each side that a step attends to before the recurrent part; 0: off"
@@ -190,6 +220,12 @@ class ModelConfig(Settings):
     layer_norm: bool = Field(True, description="LayerNorm after the recurrent part")
     input_dropout: Fraction = Field(0.3, description="before each recurrent layer")
     dropout: Fraction = Field(0.5, description="before the linear head")
+
+    @model_validator(mode="after")
+    def _maps_stay_maps(self) -> "ModelConfig":
+        if self.cell == "convgru" and (self.seq not in ("frames", "slices") or self.local_attention):
+            raise ValueError("model.cell=convgru reads whole maps: it needs model.seq=frames and no local_attention")
+        return self
 
     @model_validator(mode="after")
     def _causal_sees_no_next_frame(self) -> "ModelConfig":

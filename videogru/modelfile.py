@@ -15,14 +15,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from videogru import __version__
-from videogru.config import DataConfig, Kind, ModelConfig
+from videogru.config import MAX_CHANNELS, DataConfig, Kind, ModelConfig
 from videogru.errors import ModelFileError, VideogruError
 from videogru.models.classifier import Classifier, Normalize
 
 FORMAT_VERSION = 1
 MODEL_FILE_NAME = "model.safetensors"
 _HEADER_KEY = "videogru"
-_PER_CHANNEL = Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=3)]
+_PER_CHANNEL = Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
 
 
 class ModelCard(BaseModel):
@@ -42,7 +42,7 @@ class ModelCard(BaseModel):
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
     model: ModelConfig
     data: DataConfig
-    in_channels: Annotated[int, Field(ge=1, le=3)]
+    in_channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
     frame_size: Annotated[int, Field(ge=1)]
     mean: _PER_CHANNEL
     std: _PER_CHANNEL

@@ -386,6 +386,8 @@ def _strip(corpus: Corpus, data: DataConfig, row: int) -> np.ndarray | None:
     frames = loaded.batch.frames[0]
     if frames.is_floating_point():
         frames = (frames * 255).round()
+    if frames.shape[1] != 3 or data.slab != 1:
+        frames = frames[:, [frames.shape[1] // 2]]  # of a slab the slice itself
     return frames.byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 
 

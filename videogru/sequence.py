@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 
-from videogru.shapes import BatchFrames, ClipFrames, Labels, Lengths, Positions
+from videogru.shapes import BatchFrames, ClipFrames, Gaps, Labels, Lengths, Positions
 
 Unit = Literal["seconds", "mm", "index"]
 
@@ -49,6 +49,7 @@ class SequenceBatch:
 
     indices: (B,) int64, the manifest row of each clip; labels: (B,) int64 or None where unknown. For clips mixed in
     training, others: (B,) int64, labels of what was mixed in; shares: (B,) float32, what is left of the first label.
+    gaps: (B T) float32, how far a step lies from the one before, in seconds or mm; 0 at first steps and padding.
     """
 
     frames: BatchFrames
@@ -57,6 +58,7 @@ class SequenceBatch:
     labels: Labels | None = None
     others: Labels | None = None
     shares: Float[torch.Tensor, " B"] | None = None
+    gaps: Gaps | None = None
 
     def __post_init__(self) -> None:
         batch, steps = self.frames.shape[:2]
@@ -66,6 +68,8 @@ class SequenceBatch:
             raise ValueError(f"{batch} clips but {len(self.labels)} labels")
         if (self.others is None) != (self.shares is None) or (self.others is not None and self.labels is None):
             raise ValueError("mixed clips have labels, others and shares")
+        if self.gaps is not None and self.gaps.shape != (batch, steps):
+            raise ValueError(f"{batch} clips of {steps} steps, but gaps {tuple(self.gaps.shape)}")
         if (
             self.lengths.device.type == "cpu"
             and batch
@@ -86,5 +90,6 @@ class SequenceBatch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        labels, others, shares = (None if t is None else move(t) for t in (self.labels, self.others, self.shares))
-        return SequenceBatch(move(self.frames), move(self.lengths), move(self.indices), labels, others, shares)
+        optional = (self.labels, self.others, self.shares, self.gaps)
+        moved = (None if tensor is None else move(tensor) for tensor in optional)
+        return SequenceBatch(move(self.frames), move(self.lengths), move(self.indices), *moved)

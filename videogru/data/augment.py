@@ -4,6 +4,7 @@ Mixing two clips (`mix_batch`) also depends on which clips share the batch.
 """
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,11 +14,11 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from videogru.config import AugmentConfig
-from videogru.sequence import SequenceBatch
+from videogru.sequence import FrameSequence, SequenceBatch
 from videogru.shapes import BatchFrames, ClipFrames, Lengths
 
 # Separate streams, so that switching one use off leaves the others as they were.
-_SAMPLING, _PICTURE, _NOISE, _VOLUME, _MIX = range(5)
+_SAMPLING, _PICTURE, _NOISE, _VOLUME, _MIX, _DROP = range(6)
 _PICTURE_DRAWS, _MIX_DRAWS = 12, 4
 _BLOCK = 1024  # rows whose draws are made at once
 
@@ -68,8 +69,9 @@ def _block_draws(seed: int, epoch: int, stream: int, block: int, count: int) -> 
 
 
 def _changes(config: AugmentConfig) -> bool:
-    """Whether a clip alone is changed; mixing clips is another matter."""
-    return config.model_copy(update={"cutmix": 0.0}) != AugmentConfig()
+    """Whether the pixels of a clip alone are changed; mixing clips and leaving steps out are other matters."""
+    others = {"cutmix": 0.0, "drop_steps": 0.0, "flip_axes": "xyz"}
+    return config.model_copy(update=others) != AugmentConfig()
 
 
 def mix_batch(batch: SequenceBatch, *, probability: float, seed: int, epoch: int) -> SequenceBatch:
@@ -92,7 +94,7 @@ def mix_batch(batch: SequenceBatch, *, probability: float, seed: int, epoch: int
     mixed = torch.where(box[:, None, None], frames.roll(-1, 0), frames)
     # Counted in pixels: boxes are cut at the edges.
     shares = 1 - box.float().mean(dim=(1, 2))
-    return SequenceBatch(mixed, batch.lengths, batch.indices, labels, labels.roll(-1), shares)
+    return replace(batch, frames=mixed, others=labels.roll(-1), shares=shares)
 
 
 def _means(frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -175,23 +177,40 @@ def _erase(frames: torch.Tensor, probability: float, draws: torch.Tensor, mean: 
     return torch.where(hole[:, None, None], mean, frames)
 
 
-def augment_volume(frames: ClipFrames, *, config: AugmentConfig, seed: int, epoch: int, index: int) -> ClipFrames:
-    """A volume's slices (T C H W) float32 in 0..1, changed in three dimensions by MONAI; same shape."""
+def drop_steps(clip: FrameSequence, *, largest: float, seed: int, epoch: int, index: int) -> FrameSequence:
+    """The clip without a share of its steps, drawn from 0 to `largest`, at drawn places; at least one step stays."""
+    if not largest or len(clip) == 1:
+        return clip
+    draws = np.random.default_rng((seed, epoch, index, _DROP)).random(len(clip) + 2)
+    kept = draws[2:] >= draws[0] * largest
+    kept[int(draws[1] * len(clip))] = True
+    chosen = torch.from_numpy(np.flatnonzero(kept))
+    return FrameSequence(clip.frames[chosen], clip.positions[chosen], clip.unit)
+
+
+def augment_volume(
+    frames: ClipFrames, *, config: AugmentConfig, order: str = "zyx", seed: int, epoch: int, index: int
+) -> ClipFrames:
+    """A volume's slices (T C H W) float32 in 0..1, changed in three dimensions by MONAI; same shape.
+
+    order: the patient axes that T, H and W run along, for augment.flip_axes.
+    """
     if not _changes(config):
         return frames
-    pipeline = _volume_pipeline(config, tuple(frames.shape))
+    pipeline = _volume_pipeline(config, tuple(frames.shape), order)
     pipeline.set_random_state(seed=int(np.random.SeedSequence((seed, epoch, index, _VOLUME)).generate_state(1)[0]))
     changed = pipeline(frames.transpose(0, 1).contiguous())
     return torch.as_tensor(changed).transpose(0, 1).clamp(0, 1).contiguous()
 
 
 @lru_cache(maxsize=64)
-def _volume_pipeline(config: AugmentConfig, shape: tuple[int, ...]) -> Any:
+def _volume_pipeline(config: AugmentConfig, shape: tuple[int, ...], order: str) -> Any:
     # MONAI takes seconds to import; only trainings on volumes pay for it.
     from monai import transforms
 
     depth, _, height, width = shape
-    steps: list[Any] = [transforms.RandFlip(prob=config.flip, spatial_axis=axis) for axis in range(3) if config.flip]
+    mirrored = [axis for axis in range(3) if config.flip and order[axis] in config.flip_axes]
+    steps: list[Any] = [transforms.RandFlip(prob=config.flip, spatial_axis=axis) for axis in mirrored]
     if config.rotate_degrees or config.scale or config.translate:
         angle = math.radians(config.rotate_degrees)
         steps.append(
@@ -204,6 +223,11 @@ def _volume_pipeline(config: AugmentConfig, shape: tuple[int, ...]) -> Any:
                 padding_mode="zeros",
             )
         )
+    if config.bias_field:
+        largest_coefficient = config.bias_field
+        steps.append(transforms.RandBiasField(coeff_range=(-largest_coefficient, largest_coefficient), prob=1.0))
+    if config.gamma:
+        steps.append(transforms.RandAdjustContrast(gamma=(1 / (1 + config.gamma), 1 + config.gamma), prob=1.0))
     if config.contrast:
         steps.append(transforms.RandScaleIntensity(factors=config.contrast, prob=1.0))
     if config.brightness:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from videogru.sequence import FrameSequence, SequenceBatch
+from videogru.shapes import Gaps
 
 Key = tuple[int, int]  # (epoch, manifest row): all that a sample depends on besides the seed
 
@@ -54,7 +55,15 @@ def collate(epoch: int, items: list[Item]) -> Loaded:
             frames[position, : len(clip)] = clip.frames
     labels = torch.tensor([item.label for item, _ in good])
     rows = torch.tensor([item.row for item, _ in good])
-    return Loaded(epoch, SequenceBatch(frames, torch.tensor(lengths), rows, labels), failures)
+    batch = SequenceBatch(frames, torch.tensor(lengths), rows, labels, gaps=_gaps(clips, longest))
+    return Loaded(epoch, batch, failures)
+
+
+def _gaps(clips: list[FrameSequence], steps: int) -> Gaps:
+    gaps = torch.zeros(len(clips), steps)
+    for place, clip in enumerate(clips):
+        gaps[place, 1 : len(clip)] = clip.positions.diff()
+    return gaps
 
 
 class EpochBatches(Sampler[list[Key]]):

@@ -1,5 +1,6 @@
 """The loaders Lightning trains with: order, sampling and augmentation depend on (seed, epoch, row) alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from videogru.data.augment import augment_batch, mix_batch
 from videogru.data.batching import EpochBatches, Loaded, OrderedBatches
 from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
 from videogru.data.layouts import Corpus
-from videogru.sequence import SequenceBatch
 
 
 class CorpusModule(pl.LightningDataModule):
@@ -83,7 +83,7 @@ class CorpusModule(pl.LightningDataModule):
                 epoch=batch.epoch,
                 indices=clips.indices.tolist(),
             )
-            clips = SequenceBatch(frames, clips.lengths, clips.indices, clips.labels)
+            clips = replace(clips, frames=frames)
         clips = mix_batch(clips, probability=augment.cutmix, seed=seed, epoch=batch.epoch)
         return Loaded(batch.epoch, clips, batch.failures)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from videogru.config import DataConfig, Kind
-from videogru.data.augment import augment_volume, sampling_draws
+from videogru.data.augment import augment_volume, drop_steps, sampling_draws
 from videogru.data.batching import Item, Key, Loaded, collate
 from videogru.data.cache import FrameCache
 from videogru.data.frames import FrameSource
@@ -21,7 +21,7 @@ from videogru.data.layouts import Corpus
 from videogru.data.sources import open_source, read_clip, read_clips
 from videogru.data.transforms import prepare_clip
 from videogru.data.views import ONE_VIEW, Views, check_views, crop_places
-from videogru.data.volume import to_unit_range
+from videogru.data.volume import patient_axes, to_unit_range
 from videogru.data.watchdog import Crew, Watch, may_have_workers
 from videogru.errors import SourceError
 from videogru.sequence import FrameSequence, SequenceBatch, Unit
@@ -83,13 +83,16 @@ class ClipDataset(Dataset[Loaded]):
             opened.close()
             where = error.where or self.corpus.manifest.path(row)
             return [Item(row, label, None, str(SourceError(error.what, where=where, hint=error.hint)))]
-        if self.training and self.corpus.kind == "volume":
-            augment = self.data.augment
-            clips = [
-                clip.with_frames(augment_volume(clip.frames, config=augment, seed=self.seed, epoch=epoch, index=row))
-                for clip in clips
-            ]
+        if self.training:
+            clips = [self._augmented(clip, source, epoch, row) for clip in clips]
         return [Item(row, label, clip) for clip in clips]
+
+    def _augmented(self, clip: FrameSequence, source: FrameSource, epoch: int, row: int) -> FrameSequence:
+        config, drawn = self.data.augment, {"seed": self.seed, "epoch": epoch, "index": row}
+        if source.kind == "volume":
+            order = patient_axes(source.details["axis"])  # type: ignore[arg-type]
+            clip = clip.with_frames(augment_volume(clip.frames, config=config, order=order, **drawn))
+        return drop_steps(clip, largest=config.drop_steps, **drawn)
 
     def _read(self, source: FrameSource, epoch: int, row: int) -> list[FrameSequence]:
         window = self.corpus.manifest.window(row)
@@ -137,6 +140,8 @@ class ArraySource:
         self.extent = (-0.5, len(array) - 0.5) if volume else (0.0, float(len(array)))
         self.pixel_aspect = 1.0
         self.details: dict[str, object] = {"shape": list(array.shape)}
+        if volume:
+            self.details["axis"] = data.axis
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
         """The steps at `indices`; the intensity window of a volume sees all of it, as it does for a file."""

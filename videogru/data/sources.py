@@ -77,7 +77,7 @@ def read_clip(
     """
     extent = _extent(source, data, window, 0.0 if draws is None else 2 * float(draws[-1]) - 1)
     if draws is None:
-        return _read(source, [_steps(source, extent, data, 0.5)])[0]
+        return _read(source, [_steps(source, extent, data, 0.5)], data.slab)[0]
     if data.sampling == "random":
         indices = sampling.random(
             positions=source.positions,
@@ -88,7 +88,7 @@ def read_clip(
         )
     else:
         indices = _steps(source, extent, data, float(draws[0]) if data.sampling == "dense" else 0.5)
-    return _read(source, [indices])[0]
+    return _read(source, [indices], data.slab)[0]
 
 
 def read_clips(
@@ -106,7 +106,7 @@ def read_clips(
         places = [clip / (num_clips - 1) for clip in range(num_clips)]
     else:
         places = [(clip + 0.5) / num_clips for clip in range(num_clips)]
-    return _read(source, [_steps(source, extent, data, place) for place in places])
+    return _read(source, [_steps(source, extent, data, place) for place in places], data.slab)
 
 
 def _extent(
@@ -154,12 +154,24 @@ def _rule(source: FrameSource) -> sampling.Rule:
     return "showing" if source.unit == "seconds" else "nearest"
 
 
-def _read(source: FrameSource, clips: list[NDArray[np.int64]]) -> list[FrameSequence]:
-    """The clips at these indices; what several share is decoded once."""
+def _read(source: FrameSource, clips: list[NDArray[np.int64]], slab: int) -> list[FrameSequence]:
+    """The clips at these indices; what several share is decoded once.
+
+    slab: so many neighboring slices become the channels of a step; beyond the ends, the last slice stands again.
+
+        slices     s0 s1 s2 s3 s4
+        slab=3     (s0 s0 s1) (s1 s2 s3) (s3 s4 s4)     of the indices 0, 2, 4
+    """
     wanted = np.unique(np.concatenate(clips))
     # Before the read, which may correct a broken index.
     positions = torch.from_numpy(source.positions[wanted])
-    frames = source.read([int(index) for index in wanted])
+    if slab == 1:
+        frames = source.read([int(index) for index in wanted])
+    else:
+        around = wanted[:, None] + np.arange(slab) - slab // 2
+        needed, where = np.unique(np.clip(around, 0, len(source.positions) - 1), return_inverse=True)
+        slices = source.read([int(index) for index in needed])
+        frames = slices[torch.from_numpy(where.reshape(around.shape))].squeeze(2)
     if len(clips) == 1:
         return [FrameSequence(frames, positions, source.unit)]
     places = [torch.from_numpy(np.searchsorted(wanted, indices)) for indices in clips]

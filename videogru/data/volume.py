@@ -45,6 +45,11 @@ def unroll(volume: Shaped[np.ndarray, "X Y Z"], axis: Axis) -> Shaped[np.ndarray
     return volume.transpose(_ORDER[axis])[:, ::-1, ::-1]
 
 
+def patient_axes(axis: Axis) -> str:
+    """The patient axes (x, y, z) that T, H and W run along, such as zyx for axial."""
+    return "".join("xyz"[place] for place in _ORDER[axis])
+
+
 def to_unit_range(volume: Shaped[np.ndarray, "..."], data: DataConfig) -> Float32[np.ndarray, "..."]:
     """A volume of integers or floats as float32 in 0..1, linear between the ends of its intensity window, clipped.
 

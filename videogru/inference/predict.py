@@ -123,7 +123,8 @@ class Predictor:
         for start in range(0, len(batch), batch_size):
             frames = batch.frames[start : start + batch_size].to(self.device)
             lengths = batch.lengths[start : start + batch_size].to(self.device)
-            said.append(self.classifier(frames, lengths).double().softmax(dim=1).cpu())
+            gaps = None if batch.gaps is None else batch.gaps[start : start + batch_size].to(self.device)
+            said.append(self.classifier(frames, lengths, gaps).double().softmax(dim=1).cpu())
         rows, clip_row, counts = batch.indices.unique_consecutive(return_inverse=True, return_counts=True)
         sums = torch.zeros(len(rows), len(self.card.classes), dtype=torch.float64)
         sums.index_add_(0, clip_row, torch.cat(said))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,11 @@ def _shuffle(seed: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
 
 
 def _reordered(batch: SequenceBatch, order: Callable[[torch.Tensor, int], torch.Tensor]) -> SequenceBatch:
-    """The valid steps of each clip in another order: order(places (length,), row) -> places."""
+    """The valid steps of each clip in another order: order(places (length,), row) -> places; the gaps stay in place."""
     frames = batch.frames.clone()
     for clip, (length, row) in enumerate(zip(batch.lengths.tolist(), batch.indices.tolist(), strict=True)):
         frames[clip, :length] = batch.frames[clip, order(torch.arange(length), row)]
-    return SequenceBatch(frames, batch.lengths, batch.indices, batch.labels)
+    return replace(batch, frames=frames)
 
 
 def _picked(batch: SequenceBatch, places: Callable[[int], list[int]]) -> SequenceBatch:
@@ -145,4 +145,5 @@ def _picked(batch: SequenceBatch, places: Callable[[int], list[int]]) -> Sequenc
     picked &= valid_steps(batch.lengths, batch.frames.shape[1])
     rows = batch.indices.unsqueeze(1).expand(picked.shape)[picked]
     labels = None if batch.labels is None else batch.labels.unsqueeze(1).expand(picked.shape)[picked]
-    return SequenceBatch(batch.frames[picked].unsqueeze(1), torch.ones_like(rows), rows, labels)
+    gaps = torch.zeros(len(rows), 1)
+    return SequenceBatch(batch.frames[picked].unsqueeze(1), torch.ones_like(rows), rows, labels, gaps=gaps)

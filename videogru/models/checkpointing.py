@@ -41,7 +41,7 @@ def stages(layers: nn.Module) -> list[nn.Sequential]:
     return [nn.Sequential(*group) for group in groups]
 
 
-def in_chunks(layer: nn.Module, steps: Float[Tensor, "B S D"], size: int) -> Float[Tensor, "B S H"]:
+def in_chunks(layer: nn.Module, steps: Float[Tensor, "B S *D"], size: int) -> Float[Tensor, "B S *H"]:
     """The outputs of a recurrent layer with torch's interface, batch first; of its states one every `size` is kept.
 
     The layer must draw no random numbers.

@@ -6,12 +6,14 @@ from torch import Tensor, nn
 
 from videogru.config import ModelConfig
 from videogru.models.attention import LocalAttention
+from videogru.models.conv_gru import ConvRecurrent
 from videogru.models.differences import PLANES, add_differences
 from videogru.models.encoder import build_encoder
+from videogru.models.gaps import GapEmbedding
 from videogru.models.head import Head
 from videogru.models.recurrent import Recurrent
 from videogru.models.serialize import serialize, step_size, steps_per_frame, valid_steps
-from videogru.shapes import BatchFrames, Lengths, Logits
+from videogru.shapes import BatchFrames, Gaps, Lengths, Logits
 
 
 class Normalize(nn.Module):
@@ -66,35 +68,61 @@ class Classifier(nn.Module):
         h, w = self.encoder.map_size(in_channels * PLANES[model.frame_differences], frame_size)
         self.steps_per_frame = steps_per_frame(model.seq, h, w)
         size = step_size(model.seq, self.encoder.out_channels, h, w)
-        self.recurrent = Recurrent(model, size)
+        self.recurrent: Recurrent | ConvRecurrent
+        on_maps = model.cell == "convgru"
+        self.recurrent = (ConvRecurrent if on_maps else Recurrent)(model, size)
         self.head = Head(model, self.recurrent.out_size, num_classes)
         # Last, so that the other parts draw the same initial values with and without it.
         self.local_attention: LocalAttention | None = None
         if model.local_attention:
             causal, heads = model.temporal == "causal", model.attention_heads
             self.local_attention = LocalAttention(size, model.local_attention, heads, causal=causal)
+        self.gap_embedding: GapEmbedding | None = None
+        if model.use_gaps:
+            self.gap_embedding = GapEmbedding(size, causal=model.temporal == "causal")
         self.encoder.to(memory_format=torch.channels_last)
 
-    def forward(self, frames: BatchFrames, lengths: Lengths) -> Logits:
+    def forward(self, frames: BatchFrames, lengths: Lengths, gaps: Gaps | None = None) -> Logits:
         """Unnormalized scores of the classes; float32 (float64 for a model in float64), also under autocast."""
-        outputs, step_lengths = self.features(frames, lengths)
+        outputs, step_lengths = self.features(frames, lengths, gaps)
         with torch.autocast(frames.device.type, enabled=False):
             logits: Tensor = self.head(outputs, step_lengths)
             return logits
 
-    def features(self, frames: BatchFrames, lengths: Lengths) -> tuple[Float[Tensor, "B S F"], Lengths]:
-        """What the head pools: states (B S F), zeros at padding, and the valid steps of each clip (B,)."""
+    def features(
+        self, frames: BatchFrames, lengths: Lengths, gaps: Gaps | None = None
+    ) -> tuple[Float[Tensor, "B S F"], Lengths]:
+        """What the head pools: states (B S F), zeros at padding, and the valid steps of each clip (B,).
+
+        gaps: (B T), of `SequenceBatch`; only a model with use_gaps needs them, and raises ValueError without.
+        """
         c, h, w = frames.shape[2:]
         if c != self.in_channels or h != self.frame_size or w != self.frame_size:
             wanted = f"(B T {self.in_channels} {self.frame_size} {self.frame_size})"
             raise ValueError(f"frames are (B T {c} {h} {w}), but this model takes {wanted}")
         maps = self._maps(frames, lengths)
+        added = self._gap_vectors(gaps, lengths)
+        if isinstance(self.recurrent, ConvRecurrent):
+            if added is not None:
+                maps = maps + added[:, :, :, None, None]
+            states: Tensor = self.recurrent(maps, lengths)
+            return states, lengths
         step_lengths = lengths * self.steps_per_frame
         steps = serialize(maps, self.config.seq)
+        if added is not None:
+            steps = steps + added.repeat_interleave(self.steps_per_frame, dim=1)
         if self.local_attention is not None:
             steps = self.local_attention(steps, step_lengths)
         outputs: Tensor = self.recurrent(steps, step_lengths)
         return outputs, step_lengths
+
+    def _gap_vectors(self, gaps: Gaps | None, lengths: Lengths) -> Float[Tensor, "B T D"] | None:
+        if self.gap_embedding is None:
+            return None
+        if gaps is None:
+            raise ValueError("this model reads the gaps between steps (model.use_gaps): give them")
+        added: Tensor = self.gap_embedding(gaps, lengths)
+        return added
 
     def use_checkpointing(self, steps: int) -> None:
         """From now on, recompute in training: the encoder stage by stage, the recurrent part `steps` at a time.
@@ -109,6 +137,8 @@ class Classifier(nn.Module):
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "recurrent": self.recurrent, "head": self.head}
         if self.local_attention is not None:
             parts["attention"] = self.local_attention
+        if self.gap_embedding is not None:
+            parts["gaps"] = self.gap_embedding
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         return {**counts, "total": sum(counts.values()), "steps_per_frame": self.steps_per_frame}
 

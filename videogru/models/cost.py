@@ -8,16 +8,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from videogru.models.classifier import Classifier
 
-_PARTS = {"encoder": "encoder", "local_attention": "attention", "recurrent": "recurrent", "head": "head"}
+_PARTS = {
+    "encoder": "encoder",
+    "gap_embedding": "gaps",
+    "local_attention": "attention",
+    "recurrent": "recurrent",
+    "head": "head",
+}
 
 
 def count_macs(classifier: Classifier, num_frames: int = 1) -> dict[str, int]:
     """Multiply-accumulates of one clip of `num_frames` frames, batch 1: encoder, recurrent, head and their total.
 
-    With local attention it is a part of its own, attention. Counted are convolutions and matrix products (half of
-    what torch's FlopCounterMode calls FLOPs) as they run on a CPU in eval mode; elementwise work (norms, activations,
-    the gating of a recurrent cell, pooling) and biases are not. An LSTM runs as one fused operation that torch does not
-    count; it costs steps * gates * hidden * (in + hidden). Raises ValueError where num_frames < 1.
+    Local attention and the embedding of gaps are parts of their own, attention and gaps. Counted are convolutions and
+    matrix products (half of what torch's FlopCounterMode calls FLOPs) as they run on a CPU in eval mode; elementwise
+    work (norms, activations, the gating of a recurrent cell, pooling) and biases are not. An LSTM runs as one fused
+    operation that torch does not count; it costs steps * gates * hidden * (in + hidden). Raises ValueError where
+    num_frames < 1.
     """
     if num_frames < 1:
         raise ValueError(f"a clip has at least one frame, not {num_frames}")
@@ -25,7 +32,7 @@ def count_macs(classifier: Classifier, num_frames: int = 1) -> dict[str, int]:
     size = twin.frame_size
     frames = torch.zeros(1, num_frames, twin.in_channels, size, size, dtype=torch.uint8)
     with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter, torch.inference_mode():
-        twin(frames, torch.tensor([num_frames]))
+        twin(frames, torch.tensor([num_frames]), torch.ones(1, num_frames))
     counted = {name: sum(by_op.values()) // 2 for name, by_op in counter.get_flop_counts().items()}
     root = type(twin).__name__
     present = {name: part for name, part in _PARTS.items() if getattr(twin, name) is not None}

@@ -57,7 +57,9 @@ def build_classifier(config: Config, num_classes: int) -> Classifier:
     """A fresh classifier for a resolved config, its weights drawn from config.train.seed."""
     channels = config.data.channels
     assert channels is not None, "resolve DataConfig.for_kind first"
-    mean, std = _COLOR if channels == 3 else _GRAY
+    # The channels of a slab are gray, three of them too.
+    color = channels == 3 and config.data.slab == 1
+    mean, std = _COLOR if color else (_GRAY[0] * channels, _GRAY[1] * channels)
     torch.manual_seed(config.train.seed)
     return Classifier(
         config.model,
@@ -96,6 +98,8 @@ def trainable_classifier(config: Config, corpus: Corpus, *, processes: int = 1) 
             where="model.frame_differences",
             hint="Use model.frame_differences=none.",
         )
+    if corpus.kind == "image" and config.model.use_gaps:
+        raise ConfigError("an image is one step, without gaps", where="model.use_gaps", hint="Leave it at false.")
     classifier = build_classifier(config, len(corpus.classes))
     if train.optimizer == "muon":
         muon_groups(classifier, train)

@@ -6,6 +6,7 @@ from torch import nn
 
 from videogru.config import TrainConfig
 from videogru.errors import ConfigError
+from videogru.models.conv_gru import ConvGRU
 
 
 def decay_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -26,10 +27,15 @@ def muon_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Parameter groups for Muon: the kernels of all convolutions but the first, then those of `decay_groups`.
 
     The first convolution reads pixels, not features; a depthwise one is no matrix, its channels do not meet. With
-    train.muon_recurrent also the gates of GRUs and LSTMs, each a matrix of its own. Raises ConfigError where nothing
-    is left.
+    train.muon_recurrent also the gates of GRUs, ConvGRUs and LSTMs, each a matrix of its own. Raises ConfigError where
+    nothing is left.
     """
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d) and m.weight.requires_grad]
+    recurrent = {id(m) for layer in model.modules() if isinstance(layer, ConvGRU) for m in layer.modules()}
+    convolutions = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d | nn.Conv3d) and m.weight.requires_grad and id(m) not in recurrent
+    ]
     kernels = [m.weight for m in convolutions[1:] if m.groups == 1]
     gates = _gates(model) if config.muon_recurrent else {}
     if not kernels and not gates:
@@ -53,6 +59,10 @@ def _gates(model: nn.Module) -> dict[int, list[nn.Parameter]]:
     """The weights of recurrent layers and cells by their number of gates."""
     found: dict[int, list[nn.Parameter]] = {}
     for module in model.modules():
+        if isinstance(module, ConvGRU):
+            for kernel in module.parameters():
+                if kernel.ndim == 4 and kernel.requires_grad:
+                    found.setdefault(len(kernel) // module.hidden_size, []).append(kernel)
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.startswith("weight") and parameter.requires_grad:

@@ -72,7 +72,7 @@ class SequenceTask(pl.LightningModule):
         batch = loaded.batch or self._stand_in()
         labels = batch.labels
         assert labels is not None
-        logits = self.classifier(batch.frames, batch.lengths)
+        logits = self.classifier(batch.frames, batch.lengths, batch.gaps)
         loss = self._loss(logits, batch)
         if self.trainer.progress_bar_callback is not None:
             self.log("loss", loss.detach(), prog_bar=True, batch_size=len(labels), logger=False)
@@ -126,13 +126,13 @@ class SequenceTask(pl.LightningModule):
         # A class without rows weighs nothing, and its mean loss would be 0 / 0.
         label = one - 1 if self.class_weights is None else self.class_weights.argmax().view(1)
         frames = torch.zeros(1, 1, net.in_channels, net.frame_size, net.frame_size, device=self.device)
-        return SequenceBatch(frames, one, one - 1, label)
+        return SequenceBatch(frames, one, one - 1, label, gaps=torch.zeros(1, 1, device=self.device))
 
     def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
         """Collect probabilities; scores are computed over the whole split, never averaged over batches."""
         if loaded.batch is None or loaded.batch.labels is None:
             return
-        logits = self.classifier(loaded.batch.frames, loaded.batch.lengths)
+        logits = self.classifier(loaded.batch.frames, loaded.batch.lengths, loaded.batch.gaps)
         self._val_probabilities.append(logits.float().softmax(dim=1))
         self._val_labels.append(loaded.batch.labels)
         self._val_rows.append(loaded.batch.indices)
