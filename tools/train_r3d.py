@@ -1,13 +1,16 @@
-"""Train torchvision's r3d_18 from scratch on the clips of a video run: its splits, sampling, size and augmentation.
+"""Train a 3-D ResNet from scratch on the data of a run: its splits, sampling, size, augmentation and recipe.
 
-    python tools/train_r3d.py RUN --out runs/r3d-digits [--epochs N] [--minutes M]
+    python tools/train_r3d.py RUN --out runs/r3d-digits [--net r3d_18|monai_resnet18] [--epochs N] [--minutes M]
 
-RUN is a finished `videogru train` folder, whose config.yaml says what is read and for how many epochs. Clips of fewer
-frames than --steps repeat some, longer ones lose some (nearest in time), as a 3-D convolution wants equal lengths. The
-best validation epoch is kept and weights are averaged as in RUN. State is saved after every epoch: run again to go on.
-For the same time as RUN instead of the same epochs, give the --epochs that tools/video_table.py tells.
+RUN is a finished `videogru train` folder of videos or volumes, whose config.yaml says what is read and for how many
+epochs. Clips of fewer steps than --steps repeat some, longer ones lose some (the nearest), as a 3-D convolution wants
+equal lengths; volumes keep data.num_frames. Of videos, gray is repeated to three channels; on volumes the first layer
+has as many channels as they have. The best validation epoch is kept and weights are averaged as in RUN. State is saved
+after every epoch: run again to go on. For the same time as RUN instead of the same epochs, give the --epochs that
+tools/video_table.py tells.
 
-Leaves what a run has: metrics.csv, predictions-test.csv, evaluation-test.json, and weights.safetensors.
+Leaves what a run has: metrics.csv, predictions-SPLIT.csv and evaluation-SPLIT.json of val and test, and
+weights.safetensors.
 """
 
 import math
@@ -44,14 +47,40 @@ from videogru.training.task import SequenceTask
 WEIGHTS = "weights.safetensors"
 
 
-class R3D(nn.Module):
-    """r3d_18 (Tran et al. 2018, arXiv:1711.11248) behind the Classifier's interface: (B T C H W), (B,) -> (B K)."""
+NETS = ("r3d_18", "monai_resnet18")
 
-    def __init__(self, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...], steps: int) -> None:
+
+class R3D(nn.Module):
+    """A 3-D ResNet-18 behind the Classifier's interface: (B T C H W), (B,) -> (B K).
+
+    r3d_18: torchvision's (Tran et al. 2018, arXiv:1711.11248); monai_resnet18: MONAI's (Hara et al. 2018,
+    arXiv:1711.09577) as it comes. own_channels: the first layer takes the channels as they are.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        steps: int,
+        *,
+        net: str = "r3d_18",
+        own_channels: bool = False,
+    ) -> None:
         super().__init__()
-        self.steps = steps
+        self.steps, self.channels = steps, len(mean) if own_channels else 3
         self.normalize = Normalize(mean, std)
-        self.net = r3d_18(weights=None, num_classes=num_classes).to(memory_format=torch.channels_last_3d)
+        if net == "monai_resnet18":
+            from monai.networks.nets import resnet18  # takes seconds to import
+
+            made = resnet18(spatial_dims=3, n_input_channels=self.channels, num_classes=num_classes)
+        else:
+            made = r3d_18(weights=None, num_classes=num_classes)
+            if self.channels != 3:
+                first = made.stem[0]
+                made.stem[0] = nn.Conv3d(self.channels, 64, first.kernel_size, first.stride, first.padding, bias=False)
+                nn.init.kaiming_normal_(made.stem[0].weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        self.net = made.to(memory_format=torch.channels_last_3d)
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor, gaps: torch.Tensor | None = None) -> torch.Tensor:
         """Logits; each clip's valid steps are stretched to `steps` by the nearest in time, gray is repeated."""
@@ -59,7 +88,9 @@ class R3D(nn.Module):
         chosen = (places * lengths.unsqueeze(1)).long()
         clips = frames[torch.arange(len(frames), device=frames.device).unsqueeze(1), chosen]
         clips = self.normalize(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
-        clips = clips.expand(-1, -1, 3, -1, -1).transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
+        clips = (
+            clips.expand(-1, -1, self.channels, -1, -1).transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
+        )
         logits: torch.Tensor = self.net(clips)
         return logits.float()
 
@@ -82,11 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="train_r3d.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="finished run folder of a video model")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--net", choices=NETS, default="r3d_18", help="default r3d_18")
     parser.add_argument("--epochs", type=int, help="default: as RUN")
     parser.add_argument("--optimizer", choices=("adam", "muon"), default="adam", help="default adam")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of Adam (of AdamW with muon), default 1e-3")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="peak rate of Muon, default 0.02")
-    parser.add_argument("--steps", type=int, default=12, help="frames that the net sees of a clip, default 12")
+    parser.add_argument("--steps", type=int, default=12, help="frames that the net sees of a video, default 12")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of training in this call; default: no limit")
     options = parser.parse_args(arguments)
     return exit_code("train_r3d.py", lambda: work(options), kept="run me again to go on")
@@ -95,16 +127,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def work(options: Any) -> int:
     """Train to the end, or until the call's time is over; then predict and evaluate the test split."""
     config, card = run_config(options.run), read_card(find_model(options.run))
-    if card.kind != "video":
-        raise DataError(f"this run reads {card.kind}s, r3d_18 reads videos", where=options.run)
+    if card.kind == "image":
+        raise DataError("this run reads images, a 3-D net reads videos and volumes", where=options.run)
     epochs = options.epochs or config.train.epochs
     own = {"epochs": epochs, "lr": options.lr, "optimizer": options.optimizer, "muon_lr": options.muon_lr}
     train = config.train.model_copy(update=own | {"muon_recurrent": False})
-    config = config.model_copy(update={"train": train, "data": config.data.for_kind("video")})
+    config = config.model_copy(update={"train": train, "data": config.data.for_kind(card.kind)})
     corpus = open_corpus(config.data, seed=config.data.split_seed)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(train.seed)
-    net = R3D(len(corpus.classes), card.mean, card.std, options.steps)
+    volumes = card.kind == "volume"
+    steps = config.data.num_frames if volumes else options.steps
+    net = R3D(len(corpus.classes), card.mean, card.std, steps, net=options.net, own_channels=volumes)
     if not (options.out / "predictions-test.csv").is_file():
         if _train(net, config, corpus, options.out, options.minutes * 60):
             print("stopped; run me again to go on")
@@ -161,12 +195,16 @@ def _train(net: R3D, config: Config, corpus: Corpus, out: Path, seconds: float) 
 def _evaluate(net: R3D, card: ModelCard, config: Config, corpus: Corpus, out: Path) -> None:
     net.load_state_dict(load_file(out / WEIGHTS))
     predictor = Predictor(net, card, data=config.data)  # type: ignore[arg-type]
-    predictions = predictor.predict(corpus, corpus.manifest.rows("test"), batch_size=16)
-    predictions.write_csv(out / "predictions-test.csv")
-    evaluation = evaluate(predictions)
-    evaluation.to_json(out / "evaluation-test.json")
-    for row in evaluation.summary_rows():
-        print("{:<20} {}  {}".format(*row))
+    for split in ("val", "test"):  # the test split last: that it is there tells the end
+        rows = corpus.manifest.rows(split)
+        if not len(rows):
+            continue
+        predictions = predictor.predict(corpus, rows, batch_size=16)
+        evaluation = evaluate(predictions)
+        evaluation.to_json(out / f"evaluation-{split}.json")
+        predictions.write_csv(out / f"predictions-{split}.csv")
+        for row in evaluation.summary_rows():
+            print("{:<5} {:<20} {}  {}".format(split, *row))
 
 
 if __name__ == "__main__":
