@@ -8,28 +8,18 @@ table-BUDGET.json, table-BUDGET.md and accuracy-BUDGET.png. Every net has the sa
 without a recurrent part the pooling is the mean over cells, which is a ResNet's global average pooling.
 """
 
-import fcntl
-import math
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import IO
 
-from article import NETS, cifar_folder, flat_settings, run_folder, seeds_of
-from measuring import INTERRUPTED, Parser, exit_code
+from article import NETS, cifar_folder, run_folder, seeds_of
+from measuring import Parser, exit_code
+from training_jobs import Job, check_settings, locked, run_jobs, train_command
 
 from videogru.config import Config, parse_assignments
-from videogru.errors import ConfigError, DataError
-from videogru.runfolder import run_config
 from videogru.runs import settings_for_training
-from videogru.training.state import STATE_FILE, stop_signals
 
 # cpu: about 4 minutes for a ResNet and 8 with a recurrent part on 2 quiet cores; gpu: the recipe, 40 epochs.
 BUDGETS: dict[str, dict[str, str]] = {
@@ -43,47 +33,6 @@ BUDGETS: dict[str, dict[str, str]] = {
 }
 RECIPE = "cifar100-article"
 VIDEOGRU = (sys.executable, "-m", "videogru")
-_STOPPED = (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT)
-
-
-class Stopper:
-    """Hands SIGINT, SIGTERM and the end of the time on to the training in progress, which then saves and leaves.
-
-    minutes: for all trainings together; 0: no limit.
-    """
-
-    def __init__(self, minutes: float) -> None:
-        self.deadline = time.monotonic() + minutes * 60 if minutes else math.inf
-        self.asked = 0
-        self.child: subprocess.Popen[bytes] | None = None
-
-    def ask(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
-        """Stop after the step in progress; asked again, the training ends at once."""
-        self.asked += 1
-        if self.child is not None:
-            self.child.terminate()
-
-    def due(self) -> bool:
-        """Nothing more may be started."""
-        return self.asked > 0 or time.monotonic() >= self.deadline
-
-    def run(self, command: Sequence[str], lock: int) -> int:
-        """The exit code of a command that ends by itself, or is told to when the time is up."""
-        # In a session of its own it gets no Ctrl-C besides ours, which it would take for the second one.
-        # It holds the lock too: a training that outlives this tool is not joined by another in its folder.
-        child = subprocess.Popen(command, start_new_session=True, pass_fds=(lock,))
-        self.child = child
-        try:
-            if self.asked:  # before there was a child to hand it to
-                child.terminate()
-            if self.deadline < math.inf:
-                try:
-                    return child.wait(timeout=max(0.0, self.deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    self.ask()
-            return child.wait()
-        finally:
-            self.child = None
 
 
 def settings(budget: str, net: str) -> dict[str, str]:
@@ -99,30 +48,16 @@ def train_all(budget: str, work: Path, data: Path, seeds: Sequence[int], minutes
     jobs = [(net, seed) for seed in seeds for net in NETS]
     for net, seed in jobs:
         check_settings(run_folder(work, net, seed), wanted_config(budget, net, seed, data))
-    stopper = Stopper(minutes)
-    with locked(work) as lock, stop_signals(stopper.ask):
-        for number, (net, seed) in enumerate(jobs, start=1):
-            run = run_folder(work, net, seed)
-            if (run / "evaluation-test.json").is_file():
-                continue
-            if stopper.due():
-                return _stopped(again)
-            command = command_for(budget, net, seed, run, data)
-            print(f"\n[{number}/{len(jobs)}] {NETS[net].title}, seed {seed}\n$ {shlex.join(command)}", flush=True)
-            code = stopper.run(command, lock.fileno())
-            if code in _STOPPED:
-                return _stopped(again)
-            if code:
-                print(f"the training of {run} ended with {code}; nothing more is started", file=sys.stderr)
-                return code if code > 0 else 128 - code
-            if not (run / "evaluation-test.json").is_file():
-                raise DataError("the training ended without an evaluation of the test split", where=run)
-    return 0
-
-
-def _stopped(again: str) -> int:
-    print(f"\nstopped; run me again to go on:\n  {again}", flush=True)
-    return INTERRUPTED
+    found = [
+        Job(
+            f"{NETS[net].title}, seed {seed}",
+            run_folder(work, net, seed),
+            partial(command_for, budget, net, seed, run_folder(work, net, seed), data),
+        )
+        for net, seed in jobs
+    ]
+    with locked(work):
+        return run_jobs(found, minutes, again)
 
 
 def wanted_config(budget: str, net: str, seed: int, data: Path) -> Config:
@@ -134,37 +69,9 @@ def wanted_config(budget: str, net: str, seed: int, data: Path) -> Config:
 
 def command_for(budget: str, net: str, seed: int, run: Path, data: Path) -> list[str]:
     """The training as a command; it goes on where a state was saved, and a folder without one starts anew."""
-    if (run / STATE_FILE).is_file():
-        return [*VIDEOGRU, "train", "--resume", str(run)]
-    if (run / "config.yaml").is_file():
-        # Stopped before its first save; only what the training itself wrote is there.
-        shutil.rmtree(run)
     assigned = [word for key, value in settings(budget, net).items() for word in ("--set", f"{key}={value}")]
-    fixed = ["--config", RECIPE, "--data-dir", str(data), "--seed", str(seed), "--out", str(run)]
-    return [*VIDEOGRU, "train", *fixed, *assigned]
-
-
-def check_settings(run: Path, wanted: Config) -> None:
-    """Raise ConfigError where a run was made with other settings than these; where its data lay does not count."""
-    if not (run / "config.yaml").is_file():
-        return
-    had, want = (flat_settings(config) for config in (run_config(run), wanted))
-    for key, value in want.items():
-        if had[key] != value and key != "data.data_dir":
-            what = f"was trained with {key}={had[key]}, now it would be {value}"
-            raise ConfigError(what, where=run, hint="Move it away, or name another folder with --work.")
-
-
-@contextmanager
-def locked(work: Path) -> Iterator[IO[str]]:
-    """Hold WORK against a second run of this tool. Raises ConfigError where another holds it."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError("another run of this tool is at work here", where=work) from None
-        yield file
+    fixed = ["--config", RECIPE, "--data-dir", str(data), "--seed", str(seed)]
+    return train_command(VIDEOGRU, run, [*fixed, *assigned])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
