@@ -77,6 +77,9 @@ def _finished(work: Path, size: int, name: str) -> list[int]:
 
 
 def _auc(said: Predictions, weights: NDArray[Any] | None = None) -> float:
+    """NaN where a resample has volumes of one class only."""
+    if weights is not None and len(np.unique(said.labels[weights > 0])) < 2:
+        return float("nan")
     return float(roc_auc_score(said.labels, said.probabilities[:, 1], sample_weight=weights))
 
 
