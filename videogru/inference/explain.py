@@ -248,6 +248,32 @@ def class_map(variants: Variants, code: int, step: int) -> Float32[np.ndarray, "
     return (weights * one.detach()).sum(0).relu().float().cpu().numpy()
 
 
+def occlusion_map(variants: Variants, code: int, step: int) -> Float32[np.ndarray, "h w"] | None:
+    """What the class's logit loses where one cell of a step's map is replaced by the mean of the map, at least 0.
+
+    None where the map is a single cell.
+    """
+    maps = variants.maps
+    h, w = maps.shape[-2:]
+    if h * w == 1:
+        return None
+    lost = np.zeros(h * w, np.float32)
+    device, mean = maps.device, maps[step].mean((-2, -1))
+    gaps = variants.gaps(range(len(maps))).to(device)[None]
+    size = max(1, _NUMBERS_AT_ONCE // maps.numel())
+    with torch.no_grad():
+        whole = variants.classifier.from_maps(maps[None], torch.tensor([len(maps)], device=device), gaps)[0, code]
+        for start in range(0, h * w, size):
+            cells = range(start, min(start + size, h * w))
+            changed = maps.repeat(len(cells), 1, 1, 1, 1)
+            for row, cell in enumerate(cells):
+                changed[row, step, :, cell // w, cell % w] = mean
+            lengths = torch.full((len(cells),), len(maps), device=device)
+            logits = variants.classifier.from_maps(changed, lengths, gaps.expand(len(cells), -1))[:, code]
+            lost[start : start + len(cells)] = (whole - logits).float().cpu().numpy()
+    return lost.reshape(h, w).clip(min=0)
+
+
 def _left_out(variants: Variants, whole: float, code: int, width: int) -> NDArray[np.float64]:
     """(T,) what the logit loses per step left out, the mean over the windows that hold the step."""
     steps = len(variants)
