@@ -42,7 +42,7 @@ def test_flags_grow_only_on_purpose() -> None:
         "eval": ["run_or_model", "--split", "--dataset", "--data-dir", "--views", "--device", "--out"],
         "infer": [
             *("paths", "--model", "--out", "--format", "--top-k", "--views", "--windows"),
-            *("--window-seconds", "--min-confidence", "--device", "--set"),
+            *("--window-seconds", "--min-confidence", "--explain", "--device", "--set"),
         ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
         "data list": [],

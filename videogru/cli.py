@@ -229,7 +229,8 @@ def probe(
     "videogru infer scan.nii.gz\n\n"
     "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
     "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord\n\n"
-    "videogru infer sentence.mp4 --windows"
+    "videogru infer sentence.mp4 --windows\n\n"
+    "videogru infer scan.nii.gz --explain"
 )
 def infer(
     paths: Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="PATHS...")],
@@ -257,13 +258,19 @@ def infer(
         float | None,
         typer.Option(min=0, max=1, help="Windows must be surer than this; default: 0.7.", show_default=False),
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain", help="How much each step spoke for the class, and a picture in explanations/ or by --out."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     set_: DataSetOption = None,
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
     from videogru.config import parse_assignments
     from videogru.data.views import parse_views
-    from videogru.inference import answers, timeline_answers
+    from videogru.inference import answers, explain_answers, timeline_answers
     from videogru.inference.timeline import MIN_CONFIDENCE
 
     by_ending = {".csv": Format.csv, ".jsonl": Format.jsonl}
@@ -272,6 +279,11 @@ def infer(
         raise ConfigError("--windows names one class per segment, from one view: leave --top-k and --views out")
     if not windows and (window_seconds or min_confidence is not None):
         raise ConfigError("--window-seconds and --min-confidence go with --windows", hint="Add --windows.")
+    if explain and (windows or parse_views(views) != (1, 1)):
+        raise ConfigError(
+            "--explain tells what one clip of each input says: leave --windows and --views out",
+            hint="Example: videogru infer scan.nii.gz --explain",
+        )
     if windows:
         failed = timeline_answers.answer_windows(
             paths,
@@ -280,6 +292,18 @@ def infer(
             form=chosen.value,
             window_seconds=window_seconds or (),
             min_confidence=MIN_CONFIDENCE if min_confidence is None else min_confidence,
+            device=device,
+            settings=parse_assignments(set_ or []),
+            progress=sys.stderr.isatty(),
+            say=_say,
+        )
+    elif explain:
+        failed = explain_answers.answer_explained(
+            paths,
+            model=model,
+            out=out,
+            form=chosen.value,
+            top_k=top_k,
             device=device,
             settings=parse_assignments(set_ or []),
             progress=sys.stderr.isatty(),

@@ -22,6 +22,8 @@ from videogru.inference.predictions import Predictions, atomic_text
 from videogru.modelfile import ModelCard, find_model, newest_model, read_card
 
 RUNS = Path("runs")
+STRONGEST = 3  # steps that a table names and a picture marks
+EXPLAINED = ("method", "logit", "baseline", "picture", "explanation")  # what --explain adds to a record
 _TRAIN_HINT = {"video": "grid_digits", "volume": "adrenalmnist3d", "image": "cifar100 --seq rows"}
 
 Say = Callable[[str], None]
@@ -55,7 +57,12 @@ def answer(
     predictor = Predictor.from_file(chosen, device=device, data=data_settings(card, settings))
     with Progress(len(files), shown=progress) as tick:
         answered = iter(to_records(predictor.predict_paths(files, views=views, tick=tick), top_k=top_k))
-    records = [next(answered) if problem is None else _failed(path, problem) for path, problem in inputs]
+    records = [next(answered) if problem is None else failed_record(path, problem) for path, problem in inputs]
+    return write_records(records, out=out, form=form, say=say)
+
+
+def write_records(records: list[dict[str, Any]], *, out: Path | None, form: str, say: Say) -> int:
+    """Write one row per input to `out`, else to the terminal, and say it; returns how many have an error."""
     if out is None:
         print(_FORMS[form](records, sys.stdout.isatty()), end="")
     else:
@@ -165,7 +172,7 @@ def to_records(predictions: Predictions, *, top_k: int) -> list[dict[str, Any]]:
     for row in range(len(predictions)):
         source, error = str(predictions.sources[row]), str(predictions.errors[row])
         if error:
-            records.append(_failed(source, error))
+            records.append(failed_record(source, error))
             continue
         probabilities = predictions.probabilities[row]
         order = np.argsort(-probabilities, kind="stable")[: min(top_k, len(predictions.classes))]
@@ -177,7 +184,8 @@ def to_records(predictions: Predictions, *, top_k: int) -> list[dict[str, Any]]:
     return records
 
 
-def _failed(source: str, error: str) -> dict[str, Any]:
+def failed_record(source: str, error: str) -> dict[str, Any]:
+    """The record of an input without a prediction."""
     return {"source": source, "predicted": None, "confidence": None, "top": [], "error": error}
 
 
@@ -188,16 +196,23 @@ def _as_jsonl(records: list[dict[str, Any]], terminal: bool) -> str:
 def _as_csv(records: list[dict[str, Any]], terminal: bool) -> str:
     deepest = max((len(record["top"]) for record in records), default=1)
     extra = [f"{name}_{place}" for place in range(2, deepest + 1) for name in ("class", "probability")]
+    explained = [name for name in EXPLAINED if any(name in record for record in records)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["source", "predicted", "confidence", "error", *extra])
+    writer.writerow(["source", "predicted", "confidence", "error", *extra, *explained])
     for record in records:
         rest = [value for entry in record["top"][1:] for value in (entry["class"], entry["probability"])]
         # One line for one input, as line tools expect.
         error = record["error"] and " ".join(record["error"].split())
         own = [record["source"], record["predicted"], record["confidence"], error]
-        writer.writerow(own + rest + [None] * (len(extra) - len(rest)))
+        evidence = [_cell(record.get(name)) for name in explained]
+        writer.writerow(own + rest + [None] * (len(extra) - len(rest)) + evidence)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A list as compact JSON, which one cell holds."""
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, list) else value
 
 
 def _as_table(records: list[dict[str, Any]], terminal: bool) -> str:
@@ -205,7 +220,9 @@ def _as_table(records: list[dict[str, Any]], terminal: bool) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("source", "class", "probability", box=None, pad_edge=False)
+    explained = any("explanation" in record for record in records)
+    columns = ("source", "class", "probability", *(["spoke for it most"] * explained))
+    table = Table(*columns, box=None, pad_edge=False)
     for record in records:
         source = Text(record["source"])
         if record["error"]:
@@ -213,12 +230,21 @@ def _as_table(records: list[dict[str, Any]], terminal: bool) -> str:
             reason = record["error"].removeprefix(f"{record['source']}: ")
             table.add_row(source, Text("error: " + reason, style="red"), "")
         for place, entry in enumerate(record["top"]):
-            table.add_row(source if place == 0 else "", Text(entry["class"]), f"{entry['probability']:.3f}")
+            evidence = [_strongest(record["explanation"])] if explained and place == 0 else []
+            first = source if place == 0 else ""
+            table.add_row(first, Text(entry["class"]), f"{entry['probability']:.3f}", *evidence)
     # Piped, a table is never folded or cut.
     console = Console() if terminal else Console(width=10_000, no_color=True, force_terminal=False)
     with console.capture() as captured:
         console.print(table)
     return captured.get() if terminal else "".join(line.rstrip() + "\n" for line in captured.get().splitlines())
+
+
+def _strongest(explanation: list[dict[str, Any]]) -> str:
+    """The few steps with the largest contributions above 0, as text."""
+    ranked = sorted((step for step in explanation if step["contribution"] > 0), key=lambda step: -step["contribution"])
+    shown = [f"{s['position']:g} {s['unit']} {s['contribution']:+.2f}" for s in ranked[:STRONGEST]]
+    return ", ".join(shown) or "no step"
 
 
 _FORMS = {"jsonl": _as_jsonl, "csv": _as_csv, "table": _as_table}

@@ -87,16 +87,16 @@ def answer_windows(
 
 
 class Pictures:
-    """Names for the pictures: <stem>.png in timelines/, or beside `out` with its stem in front; none twice."""
+    """Names for the pictures: <stem>.png in `folder`, or beside `out` with its stem in front; none twice."""
 
-    def __init__(self, out: Path | None) -> None:
-        self._folder = PICTURES if out is None else out.parent
+    def __init__(self, out: Path | None, folder: Path = PICTURES) -> None:
+        self._folder = folder if out is None else out.parent
         self._front = "" if out is None else f"{out.stem}-"
         self._given: set[str] = set()
 
-    def path(self, video: Path) -> Path:
-        """Where the picture of a video goes."""
-        name, number = f"{self._front}{video.stem}", 2
+    def path(self, source: Path) -> Path:
+        """Where the picture of a source goes."""
+        name, number = f"{self._front}{source.stem}", 2
         stem = name
         while stem in self._given:
             stem, number = f"{name}-{number}", number + 1

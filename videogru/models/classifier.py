@@ -13,7 +13,7 @@ from videogru.models.gaps import GapEmbedding
 from videogru.models.head import Head
 from videogru.models.recurrent import Recurrent
 from videogru.models.serialize import serialize, step_size, steps_per_frame, valid_steps
-from videogru.shapes import BatchFrames, Gaps, Lengths, Logits
+from videogru.shapes import BatchFrames, FeatureMaps, Gaps, Lengths, Logits
 
 
 class Normalize(nn.Module):
@@ -100,7 +100,23 @@ class Classifier(nn.Module):
         if c != self.in_channels or h != self.frame_size or w != self.frame_size:
             wanted = f"(B T {self.in_channels} {self.frame_size} {self.frame_size})"
             raise ValueError(f"frames are (B T {c} {h} {w}), but this model takes {wanted}")
-        maps = self._maps(frames, lengths)
+        return self.features_of_maps(self._maps(frames, lengths), lengths, gaps)
+
+    def maps(self, frames: BatchFrames, lengths: Lengths) -> Float[Tensor, "B T D h w"]:
+        """What the encoder makes of each frame, beside its neighbors where the model reads differences."""
+        return self._maps(frames, lengths)
+
+    def from_maps(self, maps: FeatureMaps, lengths: Lengths, gaps: Gaps | None = None) -> Logits:
+        """The logits that `forward` gives for frames with these `maps`."""
+        outputs, step_lengths = self.features_of_maps(maps, lengths, gaps)
+        with torch.autocast(maps.device.type, enabled=False):
+            logits: Tensor = self.head(outputs, step_lengths)
+            return logits
+
+    def features_of_maps(
+        self, maps: FeatureMaps, lengths: Lengths, gaps: Gaps | None = None
+    ) -> tuple[Float[Tensor, "B S F"], Lengths]:
+        """What `features` gives for frames with these `maps`."""
         added = self._gap_vectors(gaps, lengths)
         if isinstance(self.recurrent, ConvRecurrent):
             if added is not None:
