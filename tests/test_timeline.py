@@ -30,7 +30,7 @@ STORY = (("dark", 1.0), ("bright", 2.0), ("gray", 1.0))  # seconds
 class ByBrightness(nn.Module):
     """Sure of the class whose level the mean of the frames has; unsure between two."""
 
-    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor, gaps: torch.Tensor | None = None) -> torch.Tensor:
         valid = (torch.arange(frames.shape[1]) < lengths[:, None])[:, :, None, None, None]
         mean = (frames.float() * valid).sum((1, 2, 3, 4)) / (lengths * frames[0, 0].numel())
         levels = torch.tensor([float(LEVELS[name]) for name in CLASSES])
