@@ -24,10 +24,12 @@ from videogru.options import (
     DataDirOption,
     DataSetOption,
     Format,
+    MaxMemoryOption,
     SetOption,
     SplitName,
     TrainCommand,
     ViewsOption,
+    VolumeOption,
 )
 from videogru.terminal import console, show_cards, show_facts, show_outcome
 
@@ -109,6 +111,8 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: runs/<data set>-NNNN.", show_default=False)
     ] = None,
+    volume: VolumeOption = None,
+    max_memory: MaxMemoryOption = None,
     set_: SetOption = None,
 ) -> None:
     """Train on a data set; leaves a run folder with the model file, scores and a report.
@@ -130,6 +134,8 @@ def train(
         "devices": devices,
         "nodes": nodes,
         "seed": seed,
+        "volume": volume,
+        "max_memory": max_memory,
     }
     flags = {key: values[name] for name, key in TRAIN_FLAGS.items()}
     given = {key: value for key, value in flags.items() if value is not None}
@@ -229,6 +235,7 @@ def probe(
     "videogru infer scan.nii.gz\n\n"
     "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
     "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord\n\n"
+    "videogru infer bold.nii.gz --volume mean\n\n"
     "videogru infer sentence.mp4 --windows\n\n"
     "videogru infer scan.nii.gz --explain"
 )
@@ -265,6 +272,8 @@ def infer(
         ),
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    volume: VolumeOption = None,
+    max_memory: MaxMemoryOption = None,
     set_: DataSetOption = None,
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
@@ -284,6 +293,8 @@ def infer(
             "--explain tells what one clip of each input says: leave --windows and --views out",
             hint="Example: videogru infer scan.nii.gz --explain",
         )
+    flags = {"data.volume": volume, "data.max_memory_gib": max_memory}
+    settings = {key: value for key, value in flags.items() if value is not None} | parse_assignments(set_ or [])
     if windows:
         failed = timeline_answers.answer_windows(
             paths,
@@ -293,7 +304,7 @@ def infer(
             window_seconds=window_seconds or (),
             min_confidence=MIN_CONFIDENCE if min_confidence is None else min_confidence,
             device=device,
-            settings=parse_assignments(set_ or []),
+            settings=settings,
             progress=sys.stderr.isatty(),
             say=_say,
         )
@@ -305,7 +316,7 @@ def infer(
             form=chosen.value,
             top_k=top_k,
             device=device,
-            settings=parse_assignments(set_ or []),
+            settings=settings,
             progress=sys.stderr.isatty(),
             say=_say,
         )
@@ -318,7 +329,7 @@ def infer(
             top_k=top_k,
             views=parse_views(views),
             device=device,
-            settings=parse_assignments(set_ or []),
+            settings=settings,
             progress=sys.stderr.isatty(),
             say=_say,
         )

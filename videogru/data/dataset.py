@@ -21,7 +21,7 @@ from videogru.data.layouts import Corpus
 from videogru.data.sources import open_source, read_clip, read_clips
 from videogru.data.transforms import prepare_clip
 from videogru.data.views import ONE_VIEW, Views, check_views, crop_places
-from videogru.data.volume import patient_axes, to_unit_range
+from videogru.data.volume import chosen_axis, patient_axes, to_unit_range
 from videogru.data.watchdog import Crew, Watch, may_have_workers
 from videogru.errors import SourceError
 from videogru.sequence import FrameSequence, SequenceBatch, Unit
@@ -141,7 +141,7 @@ class ArraySource:
         self.pixel_aspect = 1.0
         self.details: dict[str, object] = {"shape": list(array.shape)}
         if volume:
-            self.details["axis"] = data.axis
+            self.details["axis"] = chosen_axis(data.axis)
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
         """The steps at `indices`; the intensity window of a volume sees all of it, as it does for a file."""
