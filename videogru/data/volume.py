@@ -206,8 +206,7 @@ def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, int
         return data.window_low, data.window_high
     with np.errstate(over="ignore", invalid="ignore"):
         if data.intensity == "zscore":
-            mean, sd = _foreground(volume)
-            # A negative slope turns the ends around.
+            mean, sd = _foreground(volume, below=slope < 0)
             reach = data.zscore_range * sd * abs(slope)
             first, last = mean * slope + intercept - reach, mean * slope + intercept + reach
         else:
@@ -216,7 +215,8 @@ def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, int
         if first == last:
             low, high = _finite_range(volume)
             first, last = sorted((low * slope + intercept, high * slope + intercept))
-    if not np.isfinite(last - first):
+        spans = np.isfinite(last - first)
+    if not spans:
         raise ValueError(f"intensities from {first:g} to {last:g} span more than a number can hold")
     return float(first), float(last)
 
@@ -236,10 +236,10 @@ def _some_finite(volume: NDArray[Any]) -> NDArray[np.float64]:
     return finite
 
 
-def _foreground(volume: NDArray[Any]) -> tuple[float, float]:
+def _foreground(volume: NDArray[Any], *, below: bool) -> tuple[float, float]:
     """Mean and sample sd of the stored numbers that lie above the mean of all finite ones; both exact, not sampled.
 
-    Of a constant volume its value and 0.
+    below: those below it, which are the high values where the slope is negative. Of a constant volume its value and 0.
     """
     count, total = 0, 0.0
     for block in _blocks(volume):
@@ -252,10 +252,12 @@ def _foreground(volume: NDArray[Any]) -> tuple[float, float]:
     for block in _blocks(volume):
         values = _finite(block)
         # From the threshold on: sums of squares of large numbers would lose what they differ by.
-        above = values[values > threshold] - threshold
-        inside, first, second = inside + len(above), first + float(above.sum()), second + float(above @ above)
+        beyond = values[values < threshold if below else values > threshold] - threshold
+        inside, first, second = inside + len(beyond), first + float(beyond.sum()), second + float(beyond @ beyond)
     if not inside:
         return threshold, 0.0
+    if not np.isfinite(second):
+        raise ValueError("its intensities are too large for a standard deviation")
     variance = max(0.0, (second - first * first / inside) / max(inside - 1, 1))
     return threshold + first / inside, variance**0.5
 

@@ -1,6 +1,7 @@
 """Scans by nibabel: NIfTI-1 and -2 (one file or .hdr/.img), MGH/MGZ, Analyze. Headers are checked before they count."""
 
 import gzip
+import struct
 from collections.abc import Iterator
 from itertools import product
 from math import prod
@@ -62,6 +63,7 @@ def read_nifti(path: Path, *, data: DataConfig) -> Scan:
         with np.errstate(over="ignore", invalid="ignore"):
             for one in stored:
                 voxels += one
+                del one  # before the next is read
         voxels /= len(chosen)
     else:
         (voxels,) = stored
@@ -211,35 +213,40 @@ def _check_extensions(path: Path) -> None:
     """Refuse a NIfTI header whose extensions claim too much: nibabel reads them whole as it opens a file.
 
     Layout: sizeof_hdr (348 or 540), the header, 4 bytes of which the first says whether extensions follow, then each as
-    int32 esize (with these 8 bytes), int32 ecode, content (nifti1.h, "HEADER EXTENSIONS").
+    int32 esize (with these 8 bytes), int32 ecode, content, up to vox_offset or the end of a .hdr (nifti1.h, "HEADER
+    EXTENSIONS"; vox_offset is a float32 at byte 108 of NIfTI-1, an int64 at byte 168 of NIfTI-2).
     """
-    lower = path.name.lower()
-    stem = next((path.name[: -len(end)] for end in (".img", ".img.gz") if lower.endswith(end)), None)
+    stem = next((path.name[: -len(end)] for end in (".img", ".img.gz") if path.name.lower().endswith(end)), None)
     if stem is not None:
         # Suffixes keep their case: X.IMG has its X.HDR.
-        end = path.name[len(stem) :]
-        path = path.with_name(stem + end.replace("img", "hdr").replace("IMG", "HDR"))
+        path = path.with_name(stem + path.name[len(stem) :].replace("img", "hdr").replace("IMG", "HDR"))
     if not path.is_file():  # nibabel says what is missing
         return
+    alone = not path.name.lower().endswith((".hdr", ".hdr.gz"))
     with gzip.open(path) if _is_packed(path) else path.open("rb") as stream:
-        start = stream.read(4)
-        order = next((o for o in ("little", "big") if int.from_bytes(start, o) in (348, 540)), None)  # type: ignore[arg-type]
+        head = stream.read(4)
+        order = next((mark for mark in "<>" if head in (struct.pack(f"{mark}i", size) for size in (348, 540))), None)
         if order is None:
             return
-        size = int.from_bytes(start, order)  # type: ignore[arg-type]
-        head = stream.read(size)[-4:]
-        position = 0
-        while len(head) == 4 and head[0] and len(ahead := stream.read(8)) == 8:
-            length = int.from_bytes(ahead[:4], order, signed=True)  # type: ignore[arg-type]
-            if position + length > MAX_EXTRA_BYTES:
+        size = struct.unpack(f"{order}i", head)[0]
+        head += stream.read(size)
+        if len(head) < size + 4 or not head[size]:
+            return
+        offset = (
+            struct.unpack_from(f"{order}f", head, 108) if size == 348 else struct.unpack_from(f"{order}q", head, 168)
+        )
+        position, end = size + 4, offset[0] if alone else float("inf")
+        while position + 16 <= end and len(ahead := stream.read(8)) == 8:
+            length = struct.unpack(f"{order}i", ahead[:4])[0]
+            position += length
+            if position > MAX_EXTRA_BYTES:
                 raise SourceError(
-                    f"its header extensions claim {position + length} bytes",
+                    f"its header extensions claim {position - size - 4} bytes",
                     where=path,
                     hint="Its header is wrong; write it again without extensions.",
                 )
-            if length < 16:  # none, or damaged, which nibabel says
+            if length < 16:  # damaged, which nibabel says
                 return
-            position += length
             stream.seek(length - 8, 1)
 
 
