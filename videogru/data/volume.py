@@ -4,7 +4,6 @@ The array is turned to the nearest RAS orientation (x to the patient's right, y 
 unrolled. Integers stay integers until slices are chosen; only those become float32.
 """
 
-import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,6 +20,8 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig, Kind
+from videogru.data.percentiles import finite_percentiles
+from videogru.data.voxels import is_packed, read_voxels
 from videogru.errors import SourceError
 from videogru.sequence import Unit
 
@@ -103,8 +104,11 @@ class Volume:
             raise ValueError(f"indices must increase strictly, and be at least one: {chosen}")
         if chosen[0] < 0 or chosen[-1] >= len(self.slices):
             raise ValueError(f"indices {chosen[0]}..{chosen[-1]} are outside 0..{len(self.slices) - 1}")
-        values = self.slices[chosen].astype(np.float64) * self.slope + self.intercept
-        return torch.from_numpy(_rescale(values, *self.ends)).unsqueeze(1)
+        clip = np.empty((len(chosen), 1, *self.slices.shape[1:]), np.float32)
+        # One at a time: float64 of a slice stays in the processor's cache.
+        for place, index in enumerate(chosen):
+            clip[place, 0] = _rescale(self.slices[index] * np.float64(self.slope) + self.intercept, *self.ends)
+        return torch.from_numpy(clip)
 
     def close(self) -> None:
         """Let go of the voxels; may be called twice."""
@@ -135,9 +139,8 @@ def _load(path: Path, data: DataConfig) -> Volume:
         )
     orientation = nib.io_orientation(affine)
     # The raw numbers: nibabel would turn scaled integers into float64 as a whole.
-    raw = np.asarray(image.dataobj.get_unscaled()).reshape(image.shape[:3])
+    raw = read_voxels(image).reshape(image.shape[:3])
     slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
-    _check_end(image)
     volume = nib.apply_orientation(raw, orientation)
     spacing = [0.0, 0.0, 0.0]
     for size, target in zip(voxel_sizes(affine), orientation[:, 0], strict=True):
@@ -172,17 +175,6 @@ def _load(path: Path, data: DataConfig) -> Volume:
     )
 
 
-def _check_end(image: Any) -> None:
-    """Read a gzip stream to its checksum, which the voxels alone do not reach: a flipped bit would pass as good."""
-    for holder in image.file_map.values():
-        name = str(holder.filename or "")
-        if name.lower().endswith((".gz", ".mgz")):
-            left = MAX_BYTES
-            with gzip.open(name) as stream:
-                while left > 0 and (chunk := stream.read(1 << 20)):
-                    left -= len(chunk)
-
-
 def _check_claims(image: Any, path: Path) -> None:
     shape, dtype = tuple(int(side) for side in image.shape), np.dtype(image.get_data_dtype())
     if dtype.kind not in "iufb" or dtype.fields is not None:
@@ -202,7 +194,7 @@ def _check_claims(image: Any, path: Path) -> None:
     claimed = prod(shape) * dtype.itemsize
     holder = Path(image.file_map["image"].filename)
     held = holder.stat().st_size
-    packed = holder.suffix.lower() in (".gz", ".mgz")
+    packed = is_packed(holder)
     room = held * MAX_GZIP_RATIO if packed else held - int(image.dataobj.offset)
     if claimed > room:
         raise SourceError(
@@ -235,12 +227,12 @@ def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, int
     if by_window:
         return low, high
     stride = ceil((volume.size / MAX_PERCENTILE_VOXELS) ** (1 / max(volume.ndim, 1)))
-    finite = _finite(volume[(slice(None, None, stride),) * volume.ndim])
-    if len(finite) == 0:
-        finite = _finite(volume)
-    if len(finite) == 0:
+    some = volume[(slice(None, None, stride),) * volume.ndim]
+    found = finite_percentiles(some, low, high, slope=slope, intercept=intercept)
+    found = found or finite_percentiles(volume, low, high, slope=slope, intercept=intercept)
+    if found is None:
         raise ValueError("not one voxel is a finite number")
-    first, last = np.percentile(finite * slope + intercept, [low, high])
+    first, last = found
     if first == last:
         # On the stored numbers: a float64 copy of a large mask would take eight times its memory.
         floating = volume.dtype.kind == "f"
@@ -252,11 +244,6 @@ def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, int
     if not np.isfinite(last - first):
         raise ValueError(f"intensities from {first:g} to {last:g} span more than a number can hold")
     return float(first), float(last)
-
-
-def _finite(volume: NDArray[Any]) -> NDArray[np.float64]:
-    values: NDArray[np.float64] = volume.astype(np.float64).ravel()
-    return values if volume.dtype.kind in "iub" else values[np.isfinite(values)]
 
 
 def _rescale(values: NDArray[Any], low: float, high: float) -> NDArray[np.float32]:
