@@ -37,12 +37,12 @@ def test_flags_grow_only_on_purpose() -> None:
     assert flags == {
         "train": [
             *("--dataset", "--data-dir", "--seq", "--encoder", "--config", "--epochs", "--batch-size", "--lr"),
-            *("--devices", "--nodes", "--resume", "--seed", "--out", "--set"),
+            *("--devices", "--nodes", "--resume", "--seed", "--out", "--volume", "--max-memory", "--set"),
         ],
         "eval": ["run_or_model", "--split", "--dataset", "--data-dir", "--views", "--device", "--out"],
         "infer": [
             *("paths", "--model", "--out", "--format", "--top-k", "--views", "--windows"),
-            *("--window-seconds", "--min-confidence", "--device", "--set"),
+            *("--window-seconds", "--min-confidence", "--device", "--volume", "--max-memory", "--set"),
         ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
         "data list": [],
@@ -132,6 +132,12 @@ def test_version(typed) -> None:
         (["train", "--dataset", "adrenalmnist3d", "--config", "nope"], ["nope", "adrenalmnist3d"]),
         (["train", "--dataset", "adrenalmnist3d", "--config", "nope.yaml"], ["nope.yaml"]),
         (["train", "--dataset", "adrenalmnist3d", "--lr", "0"], ["train.lr"]),
+        (["train", "--dataset", "adrenalmnist3d", "--volume", "median"], ["data.volume", "median"]),
+        (["train", "--dataset", "adrenalmnist3d", "--volume", "-1"], ["data.volume", "-1"]),
+        (["train", "--dataset", "adrenalmnist3d", "--volume", "2"], ["no volume 2"]),
+        (["train", "--dataset", "adrenalmnist3d", "--max-memory", "0"], ["data.max_memory_gib"]),
+        (["train", "--dataset", "grid_digits", "--volume", "0"], ["data.volume", "video"]),
+        (["train", "--dataset", "grid_digits", "--max-memory", "9"], ["data.max_memory_gib", "video"]),
         (["train", "--resume", "absent"], ["absent"]),
         (["train", "--resume", "absent", "--epochs", "3"], ["--resume"]),
         (["train", "--dataset", "kinetics400", "--data-dir", "."], ["train.csv"]),

@@ -24,10 +24,12 @@ from videogru.options import (
     DataDirOption,
     DataSetOption,
     Format,
+    MaxMemoryOption,
     SetOption,
     SplitName,
     TrainCommand,
     ViewsOption,
+    VolumeOption,
 )
 from videogru.terminal import console, show_cards, show_facts, show_outcome
 
@@ -109,6 +111,8 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: runs/<data set>-NNNN.", show_default=False)
     ] = None,
+    volume: VolumeOption = None,
+    max_memory: MaxMemoryOption = None,
     set_: SetOption = None,
 ) -> None:
     """Train on a data set; leaves a run folder with the model file, scores and a report.
@@ -130,6 +134,8 @@ def train(
         "devices": devices,
         "nodes": nodes,
         "seed": seed,
+        "volume": volume,
+        "max_memory": max_memory,
     }
     flags = {key: values[name] for name, key in TRAIN_FLAGS.items()}
     given = {key: value for key, value in flags.items() if value is not None}
@@ -229,6 +235,7 @@ def probe(
     "videogru infer scan.nii.gz\n\n"
     "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
     "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord\n\n"
+    "videogru infer bold.nii.gz --volume mean\n\n"
     "videogru infer sentence.mp4 --windows"
 )
 def infer(
@@ -258,6 +265,8 @@ def infer(
         typer.Option(min=0, max=1, help="Windows must be surer than this; default: 0.7.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    volume: VolumeOption = None,
+    max_memory: MaxMemoryOption = None,
     set_: DataSetOption = None,
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
@@ -272,6 +281,8 @@ def infer(
         raise ConfigError("--windows names one class per segment, from one view: leave --top-k and --views out")
     if not windows and (window_seconds or min_confidence is not None):
         raise ConfigError("--window-seconds and --min-confidence go with --windows", hint="Add --windows.")
+    flags = {"data.volume": volume, "data.max_memory_gib": max_memory}
+    settings = {key: value for key, value in flags.items() if value is not None} | parse_assignments(set_ or [])
     if windows:
         failed = timeline_answers.answer_windows(
             paths,
@@ -281,7 +292,7 @@ def infer(
             window_seconds=window_seconds or (),
             min_confidence=MIN_CONFIDENCE if min_confidence is None else min_confidence,
             device=device,
-            settings=parse_assignments(set_ or []),
+            settings=settings,
             progress=sys.stderr.isatty(),
             say=_say,
         )
@@ -294,7 +305,7 @@ def infer(
             top_k=top_k,
             views=parse_views(views),
             device=device,
-            settings=parse_assignments(set_ or []),
+            settings=settings,
             progress=sys.stderr.isatty(),
             say=_say,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from videogru.errors import ConfigError
 
@@ -93,12 +93,29 @@ class DataConfig(Settings):
     folder_fps: float = Field(
         25.0, gt=0, le=100_000, description="frames per second of a folder of numbered images, which have no times"
     )
-    axis: Literal["axial", "coronal", "sagittal"] = Field("axial", description="axis along which a volume is unrolled")
-    intensity: Literal["percentile", "window"] = Field("percentile", description="how volume intensities map to 0..1")
+    axis: Literal["axial", "coronal", "sagittal", "auto"] = Field(
+        "axial",
+        description="axis along which a volume is unrolled; auto: the one with the thickest spacing, axial where equal",
+    )
+    volume: Annotated[int, Field(ge=0)] | Literal["mean"] | None = Field(
+        None, description="which volume of a 4-D file, counted from 0, or their mean; null: only 3-D files are read"
+    )
+    intensity: Literal["percentile", "window", "zscore"] = Field(
+        "percentile",
+        description="how volume intensities map to 0..1, linearly and clipped, between: two percentiles; a fixed "
+        "window (CT); the mean of the foreground (what is above the mean) -+ zscore_range of its standard deviations",
+    )
     percentile_low: float = Field(0.5, ge=0, le=100)
     percentile_high: float = Field(99.5, ge=0, le=100)
     window_low: float = Field(0.0, description="for intensity=window, in the scan's units (HU for CT)")
     window_high: float = Field(255.0, description="for intensity=window")
+    zscore_range: float = Field(4.0, gt=0, le=1000, description="standard deviations, for intensity=zscore")
+    max_memory_gib: float = Field(
+        4.0,
+        gt=0,
+        description="of a volume: its voxels, their sums for volume=mean and a clip of it; larger ones are refused "
+        "before they are read",
+    )
     val_fraction: Fraction = Field(0.15, description="share of groups held out, where the data set names no val split")
     test_fraction: Fraction = Field(0.15, description="the same for the test split")
     split_seed: int = Field(
@@ -109,6 +126,15 @@ class DataConfig(Settings):
     )
     max_bad: int = Field(100, ge=0, description="unreadable training files that are skipped before the run stops")
     augment: AugmentConfig = AugmentConfig()
+
+    @field_validator("volume", mode="before")
+    @classmethod
+    def _number_or_mean(cls, value: object) -> object:
+        if isinstance(value, str) and value.isdecimal():
+            return int(value)
+        if value in (None, "mean") or (type(value) is int and value >= 0):
+            return value
+        raise ValueError(f"data.volume = {value!r}: give a number, counted from 0, or mean")
 
     @model_validator(mode="after")
     def _ranges(self) -> "DataConfig":
@@ -136,6 +162,10 @@ class DataConfig(Settings):
                     f"data.sampling=dense counts in seconds, which a {kind} has none of",
                     hint="Use random, uniform or all.",
                 )
+        if kind != "volume":
+            for key in ("volume", "max_memory_gib"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ConfigError(f"data.{key} is for volumes, not for a {kind}", hint="Leave it at its default.")
         volume = kind == "volume"
         return self.model_copy(
             update={

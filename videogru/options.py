@@ -43,6 +43,20 @@ ViewsOption = Annotated[
 ]
 
 
+VolumeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--volume", metavar="N|mean", help="Volume of 4-D files, counted from 0, or their mean.", show_default=False
+    ),
+]
+MaxMemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-memory", metavar="GIB", help="Memory that one volume file may take, GiB; larger ones are refused."
+    ),
+]
+
+
 # The settings that flags of `train` stand for.
 TRAIN_FLAGS = {
     "dataset": "data.dataset",
@@ -55,6 +69,8 @@ TRAIN_FLAGS = {
     "devices": "train.devices",
     "nodes": "train.nodes",
     "seed": "train.seed",
+    "volume": "data.volume",
+    "max_memory": "data.max_memory_gib",
 }
 
 

@@ -335,8 +335,19 @@ def _open_cifar100(card: Card, data: DataConfig) -> Corpus:
 
 
 def _open_medmnist(card: Card, data: DataConfig) -> Corpus:
-    """One .npz of volumes (N X Y Z); each is unrolled along data.axis as the same voxels in a NIfTI file would be."""
-    from videogru.data.volume import unroll
+    """One .npz of volumes (N X Y Z); each is unrolled along data.axis as the same voxels in a NIfTI file would be.
+
+    They have no spacing, so axis=auto is axial.
+    """
+    from videogru.data.volume import chosen_axis, unroll
+
+    if data.volume not in (None, 0, "mean"):
+        raise DataError(
+            f"its rows hold one volume each, there is no volume {data.volume}",
+            where=card.name,
+            hint="Leave --volume (data.volume) out.",
+        )
+    axis = chosen_axis(data.axis)
 
     path = _medmnist_file(card, data)
     card.check_file(path)
@@ -350,7 +361,7 @@ def _open_medmnist(card: Card, data: DataConfig) -> Corpus:
             raise DataError(what, where=path, hint="Expected volumes (N, X, Y, Z) of uint8 with labels (N, 1).")
         if labels.dtype.kind not in "iu" or not 0 <= int(labels.min()) <= int(labels.max()) < len(card.classes):
             raise DataError(f"{split} labels are not all in 0..{len(card.classes) - 1}", where=path)
-        rolled += [np.asarray(unroll(volume, data.axis)) for volume in images]
+        rolled += [np.asarray(unroll(volume, axis)) for volume in images]
         sources += [f"{path.name}/{split}/{row}" for row in range(len(images))]
     if len({volume.shape for volume in rolled}) != 1:
         raise DataError("its splits differ in shape", where=path)

@@ -4,6 +4,8 @@ import numpy as np
 from jaxtyping import Shaped
 from numpy.typing import NDArray
 
+_CHUNK = 2**18
+
 
 def finite_percentiles(
     stored: Shaped[np.ndarray, "..."], low: float, high: float, *, slope: float, intercept: float
@@ -38,7 +40,9 @@ def _counts(flat: NDArray[np.generic]) -> tuple[NDArray[np.int64], int]:
     bits = 8 * native.dtype.itemsize
     signed = native.dtype.kind == "i"
     unsigned = native.view(f"u{native.dtype.itemsize}")
-    counts = np.bincount(unsigned, minlength=1 << bits)
+    counts = np.zeros(1 << bits, np.int64)
+    for start in range(0, len(unsigned), _CHUNK):  # which bincount turns into int64
+        counts += np.bincount(unsigned[start : start + _CHUNK], minlength=1 << bits)
     # The upper half of the unsigned numbers are the negative ones.
     return np.cumsum(np.roll(counts, 1 << (bits - 1)) if signed else counts), -(1 << (bits - 1)) if signed else 0
 

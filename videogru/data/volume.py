@@ -1,16 +1,16 @@
-"""Volumes by NIfTI (and MGH, Analyze), as slices along an axis of the patient.
+"""Scans as slices along an axis of the patient, in 0..1; a reader for each format gives the scan (`volume_nifti`).
 
 The array is turned to the nearest RAS orientation (x to the patient's right, y to anterior, z to superior) and then
 unrolled. Integers stay integers until slices are chosen; only those become float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import nibabel as nib
 import numpy as np
@@ -21,19 +21,16 @@ from numpy.typing import NDArray
 
 from videogru.config import DataConfig, Kind
 from videogru.data.percentiles import finite_percentiles
-from videogru.data.voxels import is_packed, read_voxels
+from videogru.data.scan import Scan
+from videogru.data.volume_nifti import read_nifti
 from videogru.errors import SourceError
 from videogru.sequence import Unit
 
 Axis = Literal["axial", "coronal", "sagittal"]
 
-MAX_BYTES = 4 * 2**30
-# DEFLATE cannot shrink data by more than this (zlib's technical notes, "Maximum Compression Factor").
-MAX_GZIP_RATIO = 1032
 MAX_PERCENTILE_VOXELS = 2_000_000
 # axis -> RAS axes that become (T, H, W)
-_ORDER: dict[str, tuple[int, int, int]] = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
-_IMAGES = (nib.Nifti1Pair, nib.Nifti2Pair, nib.MGHImage, nib.AnalyzeImage)
+_ORDER: dict[Axis, tuple[int, int, int]] = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 
 
 def unroll(volume: Shaped[np.ndarray, "X Y Z"], axis: Axis) -> Shaped[np.ndarray, "T H W"]:
@@ -46,25 +43,38 @@ def unroll(volume: Shaped[np.ndarray, "X Y Z"], axis: Axis) -> Shaped[np.ndarray
     return volume.transpose(_ORDER[axis])[:, ::-1, ::-1]
 
 
+def chosen_axis(asked: str, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> Axis:
+    """`data.axis` as an axis. auto: the one with the thickest `spacing` (mm along R, A, S), slices being cut across it.
+
+    Spacings within a thousandth of the thickest count as equal; then axial goes first, coronal second.
+    """
+    if asked != "auto":
+        return cast(Axis, asked)
+    thick = max(spacing) * (1 - 1e-3)
+    return next(axis for axis in _ORDER if spacing[_ORDER[axis][0]] >= thick)
+
+
 def to_unit_range(volume: Shaped[np.ndarray, "..."], data: DataConfig) -> Float32[np.ndarray, "..."]:
     """A volume of integers or floats as float32 in 0..1, linear between the ends of its intensity window, clipped.
 
     intensity=window: the ends are window_low and window_high. intensity=percentile: they are percentiles of the finite
-    voxels; of a volume with more than two million, only every s-th voxel along each axis counts. Where the two
-    percentiles coincide (masks), the ends are minimum and maximum of all finite voxels. A constant volume gives zeros.
-    NaN and infinities give 0. Raises ValueError without a finite voxel.
+    voxels; of a volume with more than two million, only every s-th voxel along each axis counts. intensity=zscore: they
+    are mean - zscore_range * sd and mean + zscore_range * sd of the foreground, which are the voxels above the mean of
+    all finite ones, as in TorchIO's ZNormalization(masking_method=ZNormalization.mean); sd with n - 1. Where the two
+    ends coincide (masks), minimum and maximum of all finite voxels take their place. A constant volume gives zeros,
+    but for intensity=window, whose ends are fixed. NaN and infinities give 0. Raises ValueError without a finite voxel.
     """
     return _rescale(volume, *_intensity_ends(volume, data, slope=1.0, intercept=0.0))
 
 
 def open_volume(path: Path, *, data: DataConfig) -> "Volume":
-    """Read a volume for `data.axis` and `data.intensity`.
+    """Read a volume for `data.volume`, `data.axis` and `data.intensity`; see `read_nifti` and `volume_of`.
 
-    Raises SourceError where it is no single 3-D volume of real numbers, is damaged, claims more than its file can hold
-    or more than 4 GiB, has no usable affine, or no finite voxel.
+    Raises SourceError where it is no volume of real numbers, holds several and none is chosen, is damaged, claims more
+    than its file can hold or than `data.max_memory_gib`, has no usable affine, or no finite voxel.
     """
     try:
-        return _load(path, data)
+        return volume_of(read_nifti(path, data=data), path=path, data=data)
     except SourceError:
         raise
     # nibabel, gzip and zlib each raise their own kinds on damaged files.
@@ -104,11 +114,12 @@ class Volume:
             raise ValueError(f"indices must increase strictly, and be at least one: {chosen}")
         if chosen[0] < 0 or chosen[-1] >= len(self.slices):
             raise ValueError(f"indices {chosen[0]}..{chosen[-1]} are outside 0..{len(self.slices) - 1}")
-        clip = np.empty((len(chosen), 1, *self.slices.shape[1:]), np.float32)
-        # One at a time: float64 of a slice stays in the processor's cache.
+        unit = np.empty((len(chosen), 1, *self.slices.shape[1:]), np.float32)
+        # One by one: float64 copies of all of them would take several times the memory of the clip.
         for place, index in enumerate(chosen):
-            clip[place, 0] = _rescale(self.slices[index] * np.float64(self.slope) + self.intercept, *self.ends)
-        return torch.from_numpy(clip)
+            values = self.slices[index].astype(np.float64) * self.slope + self.intercept
+            unit[place, 0] = _rescale(values, *self.ends)
+        return torch.from_numpy(unit)
 
     def close(self) -> None:
         """Let go of the voxels; may be called twice."""
@@ -123,32 +134,33 @@ class Volume:
         self.close()
 
 
-def _load(path: Path, data: DataConfig) -> Volume:
-    image: Any = nib.load(path)
-    if not isinstance(image, _IMAGES):
-        raise SourceError(
-            f"holds no scan but a {type(image).__name__}", where=path, hint="Give a 3-D NIfTI, MGH or Analyze volume."
-        )
-    _check_claims(image, path)
-    affine = np.asarray(image.affine, np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise SourceError(
-            "its affine is singular, so directions and spacing are unknown",
-            where=path,
-            hint="Correct sform or qform in the header.",
-        )
-    orientation = nib.io_orientation(affine)
-    # The raw numbers: nibabel would turn scaled integers into float64 as a whole.
-    raw = read_voxels(image).reshape(image.shape[:3])
-    slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
-    volume = nib.apply_orientation(raw, orientation)
+def volume_of(scan: Scan, *, path: Path, data: DataConfig) -> Volume:
+    """A scan as slices along `data.axis`, in the orientation that is nearest to RAS, with `data.intensity`.
+
+    Oblique scans are turned by quarter turns and mirrors only, never resampled. Spacing is the length of the affine's
+    columns. Adds to the scan's details: orientation (of the stored axes), spacing_mm_ras, axis (that was chosen) and
+    not_finite (voxels that are NaN or infinite). Raises SourceError where the affine is singular, or intensities
+    cannot be mapped.
+    """
+    if scan.voxels.ndim != 3 or not scan.voxels.size:
+        raise ValueError(f"a scan has three axes, none empty, not {scan.voxels.shape}")
+    orientation, sizes = _orientation(scan.affine, path), voxel_sizes(scan.affine)
+    # A view: nothing is copied.
+    volume = nib.apply_orientation(scan.voxels, orientation)
     spacing = [0.0, 0.0, 0.0]
-    for size, target in zip(voxel_sizes(affine), orientation[:, 0], strict=True):
+    for size, target in zip(sizes, orientation[:, 0], strict=True):
         spacing[int(target)] = float(size)
-    bad = 0 if volume.dtype.kind in "iub" else volume.size - int(np.count_nonzero(np.isfinite(volume)))
+    bad = 0
+    if volume.dtype.kind not in "iub":
+        bad = sum(block.size - int(np.count_nonzero(np.isfinite(block))) for block in _blocks(volume))
     if bad == volume.size:
         raise SourceError("not one voxel is a finite number", where=path, hint="Leave this file out.")
-    along, down, across = _ORDER[data.axis]
+    try:
+        ends = _intensity_ends(volume, data, slope=scan.slope, intercept=scan.intercept)
+    except ValueError as error:
+        raise SourceError(str(error), where=path, hint="Leave this file out, or use data.intensity=window.") from error
+    axis = chosen_axis(data.axis, spacing)
+    along, down, across = _ORDER[axis]
     step = spacing[along]
     positions = np.arange(volume.shape[along], dtype=np.float64) * step
     return Volume(
@@ -156,94 +168,125 @@ def _load(path: Path, data: DataConfig) -> Volume:
         positions=positions,
         extent=(-step / 2, float(positions[-1]) + step / 2),
         pixel_aspect=spacing[down] / spacing[across],
-        details={
-            "format": type(image).__name__,
-            "shape": [int(side) for side in image.shape],
-            "dtype": str(image.get_data_dtype()),
-            "slope": slope,
-            "intercept": intercept,
-            "orientation": "".join(nib.aff2axcodes(affine)),
-            "orientation_from": _orientation_from(image),
+        details=scan.details
+        | {
+            "orientation": "".join(nib.aff2axcodes(scan.affine)),
             "spacing_mm_ras": spacing,
-            "axis": data.axis,
+            "axis": axis,
             "not_finite": bad,
         },
-        slope=slope,
-        intercept=intercept,
-        ends=_intensity_ends(volume, data, slope=slope, intercept=intercept),
-        slices=unroll(volume, data.axis),
+        slope=scan.slope,
+        intercept=scan.intercept,
+        ends=ends,
+        slices=unroll(volume, axis),
     )
 
 
-def _check_claims(image: Any, path: Path) -> None:
-    shape, dtype = tuple(int(side) for side in image.shape), np.dtype(image.get_data_dtype())
-    if dtype.kind not in "iufb" or dtype.fields is not None:
+def _orientation(affine: NDArray[np.float64], path: Path) -> NDArray[np.float64]:
+    """Axis and flip of each stored axis, as nibabel has them. Raises SourceError where they do not span the space."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    # Of unit columns, so that it holds for microns and meters.
+    if not np.isfinite(affine).all() or not lengths.all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
         raise SourceError(
-            f"its voxels are {dtype}, not single real numbers",
+            "its affine is singular, so directions and spacing are unknown",
             where=path,
-            hint="Save the magnitude, or one channel, as a volume of its own.",
+            hint="Correct sform or qform in the header.",
         )
-    if len(shape) < 3 or any(side > 1 for side in shape[3:]):
-        raise SourceError(
-            f"has shape {' x '.join(map(str, shape))}; a single 3-D volume is needed",
-            where=path,
-            hint="Cut one 3-D volume out first, e.g. nibabel: nib.save(img.slicer[..., 0], 'one.nii.gz').",
-        )
-    if min(shape) < 1:
-        raise SourceError(f"has an empty axis: shape {' x '.join(map(str, shape))}", where=path)
-    claimed = prod(shape) * dtype.itemsize
-    holder = Path(image.file_map["image"].filename)
-    held = holder.stat().st_size
-    packed = is_packed(holder)
-    room = held * MAX_GZIP_RATIO if packed else held - int(image.dataobj.offset)
-    if claimed > room:
-        raise SourceError(
-            f"its header claims {claimed} bytes of voxels, the file can hold at most {max(room, 0)}",
-            where=path,
-            hint="The file is cut off or its header is wrong; copy it again.",
-        )
-    if claimed > MAX_BYTES:
-        raise SourceError(
-            f"has {claimed / 2**30:.1f} GiB of voxels, the limit is {MAX_BYTES >> 30}",
-            where=path,
-            hint="Crop or resample it first.",
-        )
-
-
-def _orientation_from(image: Any) -> str:
-    if isinstance(image, nib.MGHImage):
-        return "header"
-    if not isinstance(image, nib.Nifti1Pair):
-        return "none (Analyze): assumed"
-    if int(image.header["sform_code"]) > 0:
-        return "sform"
-    return "qform" if int(image.header["qform_code"]) > 0 else "none: assumed"
+    orientation: NDArray[np.float64] = nib.io_orientation(affine)
+    return orientation
 
 
 def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, intercept: float) -> tuple[float, float]:
     """Values (after slope and intercept) that become 0 and 1; equal where the volume is constant."""
-    by_window = data.intensity == "window"
-    low, high = (data.window_low, data.window_high) if by_window else (data.percentile_low, data.percentile_high)
-    if by_window:
-        return low, high
-    stride = ceil((volume.size / MAX_PERCENTILE_VOXELS) ** (1 / max(volume.ndim, 1)))
-    some = volume[(slice(None, None, stride),) * volume.ndim]
-    found = finite_percentiles(some, low, high, slope=slope, intercept=intercept)
-    found = found or finite_percentiles(volume, low, high, slope=slope, intercept=intercept)
-    if found is None:
-        raise ValueError("not one voxel is a finite number")
-    first, last = found
-    if first == last:
-        # On the stored numbers: a float64 copy of a large mask would take eight times its memory.
-        floating = volume.dtype.kind == "f"
-        ends = [
-            np.min(volume, initial=np.inf, where=np.isfinite(volume)) if floating else volume.min(),
-            np.max(volume, initial=-np.inf, where=np.isfinite(volume)) if floating else volume.max(),
-        ]
-        first, last = sorted(float(end) * slope + intercept for end in ends)
+    if data.intensity == "window":
+        return data.window_low, data.window_high
+    with np.errstate(over="ignore", invalid="ignore"):
+        if data.intensity == "zscore":
+            mean, sd = _foreground(volume)
+            # A negative slope turns the ends around.
+            reach = data.zscore_range * sd * abs(slope)
+            first, last = mean * slope + intercept - reach, mean * slope + intercept + reach
+        else:
+            wanted = data.percentile_low, data.percentile_high
+            found = finite_percentiles(_grid(volume), *wanted, slope=slope, intercept=intercept)
+            first, last = found or np.percentile(_some_finite(volume) * slope + intercept, wanted)
+        if first == last:
+            low, high = _finite_range(volume)
+            first, last = sorted((low * slope + intercept, high * slope + intercept))
     if not np.isfinite(last - first):
         raise ValueError(f"intensities from {first:g} to {last:g} span more than a number can hold")
     return float(first), float(last)
+
+
+def _grid(volume: NDArray[Any]) -> NDArray[Any]:
+    """Every s-th voxel along each axis, at most some two million."""
+    stride = ceil((volume.size / MAX_PERCENTILE_VOXELS) ** (1 / max(volume.ndim, 1)))
+    return volume[(slice(None, None, stride),) * volume.ndim]
+
+
+def _some_finite(volume: NDArray[Any]) -> NDArray[np.float64]:
+    """As many of all finite voxels as the grid may have, where it has none."""
+    every = ceil(sum(int(np.count_nonzero(np.isfinite(block))) for block in _blocks(volume)) / MAX_PERCENTILE_VOXELS)
+    if not every:
+        raise ValueError("not one voxel is a finite number")
+    found = [block[np.isfinite(block)][::every] for block in _blocks(volume)]
+    return np.concatenate(found).astype(np.float64)
+
+
+def _foreground(volume: NDArray[Any]) -> tuple[float, float]:
+    """Mean and sample sd of the stored numbers that lie above the mean of all finite ones; both exact, not sampled.
+
+    Of a constant volume its value and 0.
+    """
+    count, total = 0, 0.0
+    for block in _blocks(volume):
+        finite = _finite(block)
+        count, total = count + len(finite), total + float(finite.sum())
+    if not count:
+        raise ValueError("not one voxel is a finite number")
+    threshold = total / count
+    inside, first, second = 0, 0.0, 0.0
+    for block in _blocks(volume):
+        values = _finite(block)
+        # From the threshold on: sums of squares of large numbers would lose what they differ by.
+        above = values[values > threshold] - threshold
+        inside, first, second = inside + len(above), first + float(above.sum()), second + float(above @ above)
+    if not inside:
+        return threshold, 0.0
+    variance = max(0.0, (second - first * first / inside) / max(inside - 1, 1))
+    return threshold + first / inside, variance**0.5
+
+
+def _finite_range(volume: NDArray[Any]) -> tuple[float, float]:
+    """Smallest and largest finite stored number."""
+    low, high = np.inf, -np.inf
+    for block in _blocks(volume):
+        finite = block if volume.dtype.kind in "iub" else block[np.isfinite(block)]
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    return low, high
+
+
+def _blocks(volume: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """A volume in pieces of some two million voxels, so that working copies stay small.
+
+    Cut along its last axis, not along the one that lies slowest in memory: sums of floats depend on the order, and
+    the same anatomy stored otherwise must give the same bits.
+    """
+    if volume.size <= MAX_PERCENTILE_VOXELS or not volume.ndim:
+        yield volume
+        return
+    step = MAX_PERCENTILE_VOXELS * volume.shape[-1] // volume.size
+    for start in range(0, volume.shape[-1], max(step, 1)):
+        if step:
+            yield volume[..., start : start + step]
+        else:
+            yield from _blocks(volume[..., start])
+
+
+def _finite(volume: NDArray[Any]) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = volume.astype(np.float64, order="C").ravel()
+    return values if volume.dtype.kind in "iub" else values[np.isfinite(values)]
 
 
 def _rescale(values: NDArray[Any], low: float, high: float) -> NDArray[np.float32]:

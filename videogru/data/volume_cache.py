@@ -27,10 +27,14 @@ from videogru.data.frames import FrameSource
 
 _RECENT_SECONDS = 2.0
 _BLOCK = 16  # slices prepared at a time
-_SETTINGS = ("cache", "frame_size", "fit", "axis", "intensity")
-_ENDS = {"percentile": ("percentile_low", "percentile_high"), "window": ("window_low", "window_high")}
+_SETTINGS = ("cache", "frame_size", "fit", "axis", "volume", "intensity")
+_ENDS = {
+    "percentile": ("percentile_low", "percentile_high"),
+    "window": ("window_low", "window_high"),
+    "zscore": ("zscore_range",),
+}
 _PARTS = ("nibabel", "numpy", "torch")
-_CODE = ("volume*.py", "scan*.py", "dicom*.py", "voxels.py", "percentiles.py", "transforms.py")
+_CODE = ("volume*.py", "scan*.py", "dicom*.py", "percentiles.py", "transforms.py")
 _PAIRED = {".hdr": ".img", ".img": ".hdr"}
 
 

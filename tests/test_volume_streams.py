@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from videogru.config import DataConfig
-from videogru.data import voxels as voxels_module
+from videogru.data import volume_nifti
 from videogru.data.frames import kind_of_name
 from videogru.data.volume import open_volume
-from videogru.data.voxels import read_voxels
+from videogru.data.volume_nifti import read_nifti
 from videogru.errors import SourceError
 
 HEADER = 352
@@ -33,17 +33,20 @@ def packed(path: Path, content: bytes) -> Path:
     return path
 
 
+def voxels(path: Path) -> np.ndarray:
+    return read_nifti(path, data=DataConfig()).voxels
+
+
 def test_the_numbers_are_those_of_nibabel(shared_data: Path) -> None:
     read = 0
     for path in sorted((shared_data / "volumes").rglob("*")):
-        if kind_of_name(path.name) == "volume":
-            image = nib.load(path)
-            expected = np.asarray(image.dataobj.get_unscaled())
-            found = read_voxels(image)
-            assert found.dtype == expected.dtype, path
+        if kind_of_name(path.name) == "volume" and len(shape := nib.load(path).shape) == 3:
+            expected = np.asarray(nib.load(path).dataobj.get_unscaled())
+            found = voxels(path)
+            assert found.dtype == expected.dtype and found.shape == shape, path
             assert found.tobytes() == expected.tobytes(), path
             read += 1
-    assert read > 30
+    assert read > 20
 
 
 def test_every_bit_of_a_stream_counts(tmp_path: Path) -> None:
@@ -60,13 +63,13 @@ def test_every_bit_of_a_stream_counts(tmp_path: Path) -> None:
         except SourceError:
             pass
         else:
-            assert np.array_equal(read_voxels(nib.load(path)), noise((5, 6, 7)))
+            assert np.array_equal(voxels(path), noise((5, 6, 7)))
             harmless.append(place)
         whole[place] ^= 1 << (place % 8)
     # Lengths of codes that no byte uses, and the bits that fill up the last byte before the checksum.
     assert len(harmless) < 10
     path.write_bytes(whole)
-    assert np.array_equal(read_voxels(nib.load(path)), noise((5, 6, 7)))
+    assert np.array_equal(voxels(path), noise((5, 6, 7)))
 
 
 @pytest.mark.parametrize("kept", [0, 5, 10, 100, -9, -8, -4, -1])
@@ -91,8 +94,8 @@ def test_the_body_under_a_checksum_of_other_bytes(tmp_path: Path) -> None:
 def test_what_follows_the_voxels_is_checked_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = save(tmp_path / "a.nii", noise()).read_bytes()
     path = packed(tmp_path / "b.nii.gz", content + bytes(1000))
-    assert np.array_equal(read_voxels(nib.load(path)), noise())
-    monkeypatch.setattr(voxels_module, "MAX_TRAILER_BYTES", 999)
+    assert np.array_equal(voxels(path), noise())
+    monkeypatch.setattr(volume_nifti, "MAX_EXTRA_BYTES", 999)
     with pytest.raises(SourceError, match="goes on"):
         open_volume(path, data=DataConfig())
 
@@ -112,20 +115,9 @@ def test_a_bomb_takes_no_more_memory_than_it_claims(tmp_path: Path) -> None:
 
 def test_the_header_of_a_pair_is_checked_too(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Pair(noise(), np.eye(4)), tmp_path / "a.hdr.gz")
-    image = nib.load(tmp_path / "a.hdr.gz")
-    assert np.array_equal(read_voxels(image), noise())
+    assert np.array_equal(voxels(tmp_path / "a.hdr.gz"), noise())
     stream = bytearray((tmp_path / "a.hdr.gz").read_bytes())
     stream[-6] ^= 1
     (tmp_path / "a.hdr.gz").write_bytes(stream)
-    with pytest.raises(gzip.BadGzipFile, match="CRC"):
-        read_voxels(image)
     with pytest.raises(SourceError):
         open_volume(tmp_path / "a.hdr.gz", data=DataConfig())
-
-
-def test_a_file_that_shrinks_after_its_header_was_read_is_an_error(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.nii", noise())
-    image = nib.load(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(EOFError, match="18479 of 18480"):
-        read_voxels(image)
