@@ -116,9 +116,11 @@ class Volume:
             raise ValueError(f"indices {chosen[0]}..{chosen[-1]} are outside 0..{len(self.slices) - 1}")
         unit = np.empty((len(chosen), 1, *self.slices.shape[1:]), np.float32)
         # One by one: float64 copies of all of them would take several times the memory of the clip.
-        for place, index in enumerate(chosen):
-            values = self.slices[index].astype(np.float64) * self.slope + self.intercept
-            unit[place, 0] = _rescale(values, *self.ends)
+        # Voxels that are no numbers, or become infinite, are counted and give 0.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for place, index in enumerate(chosen):
+                values = self.slices[index].astype(np.float64) * self.slope + self.intercept
+                unit[place, 0] = _rescale(values, *self.ends)
         return torch.from_numpy(unit)
 
     def close(self) -> None:
@@ -192,7 +194,8 @@ def _orientation(affine: NDArray[np.float64], path: Path) -> NDArray[np.float64]
             where=path,
             hint="Correct sform or qform in the header.",
         )
-    orientation: NDArray[np.float64] = nib.io_orientation(affine)
+    with np.errstate(over="ignore", invalid="ignore"):
+        orientation: NDArray[np.float64] = nib.io_orientation(affine)
     return orientation
 
 

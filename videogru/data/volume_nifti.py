@@ -273,7 +273,8 @@ def _disagreement(image: Any, shape: tuple[int, ...], unit: float) -> dict[str, 
     except (HeaderDataError, ValueError) as error:
         return {"notes": [f"the sform is used; the qform cannot be read ({error})"]}
     corners = np.array([[*corner, 1] for corner in product(*((0, side - 1) for side in shape[:3]))])
-    apart = float(np.linalg.norm(corners @ (sform - qform).T, axis=1).max()) * unit
+    with np.errstate(over="ignore", invalid="ignore"):  # of forms that are no numbers
+        apart = float(np.linalg.norm(corners @ (sform - qform).T, axis=1).max()) * unit
     if apart <= MAX_DISAGREEMENT_MM:
         return {}
     codes = ["".join(str(code) for code in nib.aff2axcodes(form)) for form in (sform, qform)]
