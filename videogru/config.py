@@ -101,7 +101,8 @@ class DataConfig(Settings):
     cache: Literal["none", "jpeg", "raw"] = Field(
         "none",
         description="videos are decoded once, into frames that later epochs read; raw: the same bits, channels * "
-        "frame_size^2 bytes a frame; jpeg: near, 13 to 20 % of that",
+        "frame_size^2 bytes a frame; jpeg: near, 13 to 20 % of that. Volumes with raw only: all slices, 4 * "
+        "frame_size^2 bytes each",
     )
     cache_dir: Path | None = Field(None, description="where; default: frame-cache/ beside the data sets")
     cache_gib: float = Field(50.0, gt=0, description="of disk that the folder may fill; then no more is added")
@@ -180,8 +181,9 @@ class DataConfig(Settings):
             for key in ("context_seconds", "augment.shift_seconds"):
                 if self.context_seconds if key == "context_seconds" else self.augment.shift_seconds:
                     raise ConfigError(f"data.{key} is for videos, not for a {kind}", hint="Leave it at 0.")
-            if self.cache != "none":
-                raise ConfigError(f"data.cache is for videos, not for a {kind}", hint="Leave it at none.")
+            if self.cache != "none" and (kind != "volume" or self.cache != "raw"):
+                hint = "Use raw or none." if kind == "volume" else "Leave it at none."
+                raise ConfigError(f"data.cache={self.cache} is not for a {kind}", hint=hint)
             if self.sampling == "dense":
                 raise ConfigError(
                     f"data.sampling=dense counts in seconds, which a {kind} has none of",

@@ -7,11 +7,11 @@ augmentation still draw anew in each epoch, and the positions they draw from:
   JSON                 key, form, shape (T C H W), unit, extent, details
   positions            (T,) float64
   sizes, checksums     (T,) uint64, (T,) uint32: bytes and CRC-32 of each frame
-  frames               raw uint8 (C H W), or JPEG, one after the other
+  frames               raw (C H W), or JPEG, one after the other
 
 Its name is a hash of what the frames depend on: the file (path, size, time of change), decoder, size, fit, channels,
 and the versions of what computes them. Entries appear whole, by renaming. Whatever does not check is made anew. Frames
-are read, not mapped: a file that somebody cuts short ends a mapping process.
+are read, not mapped: a file that somebody cuts short ends a mapping process. `volume_cache.py` does the same.
 
 The folder has a bound. Once it is reached, nothing more is added and nothing is thrown out: an epoch reads every video
 once, so the least recently used would always be thrown out just before its turn.
@@ -25,7 +25,6 @@ import struct
 import threading
 import time
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -55,6 +55,7 @@ _BLOCK_BYTES = 256 * 2**20  # decoded at a time
 _STALE_SECONDS = 3600.0  # after which an unfinished entry belongs to a process that was killed
 _SETTINGS = ("cache", "decoder", "frame_size", "fit", "channels", "folder_fps")  # that shape the frames
 _PARTS = ("av", "torch", "pillow")
+_crc32 = isal_zlib.crc32  # equal to zlib's, and faster
 
 
 class FrameCache:
@@ -64,28 +65,36 @@ class FrameCache:
     cannot be cached (too long, partly unreadable, stamps that change while reading, no room) is opened as without.
     """
 
+    kind: Kind = "video"
+    dtype: torch.dtype = torch.uint8
+
     def __init__(self, data: DataConfig) -> None:
         assert data.channels is not None and data.fit is not None and data.cache != "none"
         check_cache(data)
         self.data = data
         self.folder = cache_folder(data)
         self.limit_bytes = int(data.cache_gib * 2**30)
-        parts = [*_PARTS, data.decoder] if data.decoder in ("decord", "torchcodec") else _PARTS
-        how = [getattr(data, name) for name in _SETTINGS] + [JPEG_QUALITY, _MAGIC.decode()]
-        self._how = json.dumps([*how, *(version(part) for part in parts)])
+        self.channels: int = data.channels  # of a kept frame
+        self._how = json.dumps([*self.settings(), _MAGIC.decode()])
         self._refused: set[str] = set()
         self._full = self._counted = False
 
+    def settings(self) -> list[Any]:
+        """What frames depend on besides their file, as plain values: settings and versions."""
+        data = self.data
+        parts = [*_PARTS, data.decoder] if data.decoder in ("decord", "torchcodec") else _PARTS
+        return [getattr(data, name) for name in _SETTINGS] + [JPEG_QUALITY, *(version(part) for part in parts)]
+
     def open(self, path: Path) -> FrameSource:
-        """The video at `path`; raises as `open_source` does."""
+        """The source at `path`; raises as `open_source` does."""
         entry = self.entry_of(path)
         if entry is None:
-            return open_source(path, data=self.data, kind="video")
+            return open_source(path, data=self.data, kind=self.kind)
         key = entry.stem
         cached = self._load(entry, path)
         if cached is not None:
             return cached
-        source = open_source(path, data=self.data, kind="video")
+        source = open_source(path, data=self.data, kind=self.kind)
         if self._full or key in self._refused:
             return source
         try:
@@ -101,21 +110,26 @@ class FrameCache:
         source.close()
         if not filled:
             self._refused.add(key)
-        return self._load(entry, path) or open_source(path, data=self.data, kind="video")
+        return self._load(entry, path) or open_source(path, data=self.data, kind=self.kind)
 
     def entry_of(self, path: Path) -> Path | None:
         """Where the frames of a file lie, or would; None where the file cannot be looked at."""
         try:
-            facts = path.stat()
-            parts = [str(path.absolute()), str(facts.st_size), str(facts.st_mtime_ns)]
-            if path.is_dir():
-                with os.scandir(path) as entries:
-                    found = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries)
-                parts.append(repr(found))
+            parts = self.identity(path)
         except (OSError, ValueError):
             return None
         key = hashlib.sha256("\0".join([self._how, *parts]).encode("utf-8", "surrogatepass")).hexdigest()
         return self.folder / key[:2] / f"{key}.frames"
+
+    def identity(self, path: Path) -> list[str]:
+        """What stands for the content of a file or folder. Raises OSError where it cannot be looked at."""
+        facts = path.stat()
+        parts = [str(path.absolute()), str(facts.st_size), str(facts.st_mtime_ns)]
+        if path.is_dir():
+            with os.scandir(path) as entries:
+                found = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries)
+            parts.append(repr(found))
+        return parts
 
     def _load(self, entry: Path, path: Path) -> "CachedFrames | None":
         """The entry, opened; None where there is none, or where it was damaged and is now gone."""
@@ -125,7 +139,7 @@ class FrameCache:
             return None
         try:
             index = _read_index(descriptor, entry.stem)
-            if index.facts["shape"][1:] != [self.data.channels, self.data.frame_size, self.data.frame_size]:
+            if index.facts["shape"][1:] != [self.channels, self.data.frame_size, self.data.frame_size]:
                 raise ValueError("another size")
             return CachedFrames(path, entry, descriptor, index, self)
         except (ValueError, KeyError, TypeError, OSError):
@@ -144,9 +158,8 @@ class FrameCache:
 
         Raises _Untouched where that is clear before anything is read, SourceError where a frame cannot be.
         """
-        count, size, channels = len(source.positions), self.data.frame_size, self.data.channels
-        assert channels is not None
-        index, frame_bytes = source.positions, channels * size * size
+        count, size, channels = len(source.positions), self.data.frame_size, self.channels
+        index, frame_bytes = source.positions, channels * size * size * self.dtype.itemsize
         if count * frame_bytes > MAX_ENTRY_BYTES:
             raise _Untouched
         facts = {
@@ -167,21 +180,23 @@ class FrameCache:
             contents: list[bytes] = []
             sizes: list[int] = []
             checksums: list[int] = []
-            for frames in self._frames(source, count):
+            for frames in self.frames(source):
                 block = [frame.contiguous().numpy().tobytes() if raw else _to_jpeg(frame) for frame in frames]
                 sizes += [len(content) for content in block]
-                checksums += [zlib.crc32(content) for content in block]
+                checksums += [_crc32(content) for content in block]
                 if raw:
                     _write(part, b"".join(block), start + sum(sizes) - sum(map(len, block)))
                 else:
                     contents += block
+            if self.entry_of(source.path) != entry:  # changed meanwhile
+                return False
             if source.positions is not index or (not raw and not self._reserve(part, start + sum(sizes))):
                 return False
             tables = b"".join(
                 np.array(*column).tobytes() for column in ((index, "<f8"), (sizes, "<u8"), (checksums, "<u4"))
             )
             _write(part, b"".join(contents), start)
-            _write(part, _HEAD.pack(_MAGIC, zlib.crc32(text + tables), len(text), count) + text + tables, 0)
+            _write(part, _HEAD.pack(_MAGIC, _crc32(text + tables), len(text), count) + text + tables, 0)
             with self._locked() as room:
                 room.used -= entry.stat().st_size if entry.exists() else 0  # another process was faster
                 part.replace(entry)
@@ -190,14 +205,19 @@ class FrameCache:
             if part.exists():
                 self.drop(part)
 
-    def _frames(self, source: FrameSource, count: int) -> Iterator[torch.Tensor]:
+    def frames(self, source: FrameSource) -> Iterator[torch.Tensor]:
         """All frames as the encoder gets them, in blocks (t C H W)."""
-        assert self.data.channels is not None and self.data.fit is not None
         pixels = int(str(source.details.get("width", 1920))) * int(str(source.details.get("height", 1080)))
-        step = max(1, _BLOCK_BYTES // (3 * pixels))
+        step, count = max(1, _BLOCK_BYTES // (3 * pixels)), len(source.positions)
         for start in range(0, count, step):
-            frames = to_channels(source.read(range(start, min(start + step, count))), self.data.channels)
-            yield fit_frames(frames, size=self.data.frame_size, fit=self.data.fit, pixel_aspect=source.pixel_aspect)
+            yield self.prepared(source, range(start, min(start + step, count)))
+
+    def prepared(self, source: FrameSource, indices: Sequence[int]) -> torch.Tensor:
+        """The frames at increasing `indices` as the encoder gets them (t C H W)."""
+        data = self.data
+        assert data.fit is not None
+        frames = to_channels(source.read(indices), self.channels)
+        return fit_frames(frames, size=data.frame_size, fit=data.fit, pixel_aspect=source.pixel_aspect)
 
     def _reserve(self, part: Path, size: int) -> bool:
         """Make a file of that size, if there is room for it."""
@@ -273,7 +293,7 @@ def _read_index(descriptor: int, key: str) -> _Index:
     if magic != _MAGIC or not count or start > total:
         raise ValueError("no entry")
     content = _exactly(descriptor, start - _HEAD.size, _HEAD.size)
-    if zlib.crc32(content) != checksum:
+    if _crc32(content) != checksum:
         raise ValueError("damaged")
     facts = json.loads(content[:length])
     sizes = np.frombuffer(content, "<u8", count, length + count * 8).astype(np.int64)
@@ -292,12 +312,10 @@ def _exactly(descriptor: int, size: int, offset: int) -> bytes:
 
 
 class CachedFrames:
-    """A `FrameSource` over an entry: uint8 (T C H W) of the encoder's size, which `prepare_clip` leaves as they are."""
-
-    kind: Kind = "video"
+    """A `FrameSource` over an entry: (T C H W) of the encoder's size, which `prepare_clip` leaves as they are."""
 
     def __init__(self, path: Path, entry: Path, descriptor: int, index: _Index, cache: FrameCache) -> None:
-        self.path = path
+        self.path, self.kind = path, cache.kind
         self._entry, self._descriptor, self._index, self._cache = entry, descriptor, index, cache
         facts = index.facts
         self.unit: Unit = facts["unit"]
@@ -311,34 +329,31 @@ class CachedFrames:
         self._raw = cache.data.cache == "raw"
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """The frames at increasing `indices` as uint8 (T C H W); damaged ones come from the video instead."""
+        """The frames at increasing `indices` (T C H W); damaged ones come from the file itself instead."""
         chosen = [int(index) for index in indices]
         if self._descriptor < 0:
             raise ValueError(f"{self.path} is closed")
-        clip = torch.empty((len(chosen), *self._shape), dtype=torch.uint8)
+        clip = torch.empty((len(chosen), *self._shape), dtype=self._cache.dtype)
         try:
             for step, index in enumerate(chosen):
                 self._read_into(clip[step], index)
         except (ValueError, OSError, SyntaxError):  # Pillow's word for broken files is SyntaxError
             self._cache.drop(self._entry)
-            data = self._cache.data
-            assert data.channels is not None and data.fit is not None
-            with open_source(self.path, data=data, kind="video") as source:
-                frames = to_channels(source.read(chosen), data.channels)
-                return fit_frames(frames, size=data.frame_size, fit=data.fit, pixel_aspect=source.pixel_aspect)
+            with open_source(self.path, data=self._cache.data, kind=self.kind) as source:
+                return self._cache.prepared(source, chosen)
         return clip
 
     def _read_into(self, frame: torch.Tensor, index: int) -> None:
         offsets = self._index.offsets
         size = int(offsets[index + 1] - offsets[index])
         if self._raw:
-            buffer = frame.numpy().reshape(-1)
+            buffer = frame.numpy().reshape(-1).view(np.uint8)
             if size != buffer.nbytes or os.preadv(self._descriptor, [buffer.data], int(offsets[index])) != size:
                 raise ValueError("cut short")
             content: Any = buffer
         else:
             content = _exactly(self._descriptor, size, int(offsets[index]))
-        if zlib.crc32(content) != int(self._index.checksums[index]):
+        if _crc32(content) != int(self._index.checksums[index]):
             raise ValueError("damaged")
         if not self._raw:
             frame.copy_(_from_jpeg(content, self._shape))

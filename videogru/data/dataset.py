@@ -22,8 +22,9 @@ from videogru.data.sources import open_source, read_clip, read_clips
 from videogru.data.transforms import prepare_clip
 from videogru.data.views import ONE_VIEW, Views, check_views, crop_places
 from videogru.data.volume import chosen_axis, patient_axes, to_unit_range
+from videogru.data.volume_cache import VolumeCache
 from videogru.data.watchdog import Crew, Watch, may_have_workers
-from videogru.errors import SourceError
+from videogru.errors import ConfigError, SourceError
 from videogru.sequence import FrameSequence, SequenceBatch, Unit
 
 # Starting a worker costs about what it takes to read this many files.
@@ -35,7 +36,7 @@ class ClipDataset(Dataset[Loaded]):
 
     data: resolved for the corpus's kind (`DataConfig.for_kind`); views: of each row, instead of one clip, that many
     clips times that many crops, one after the other. Works in any worker process: files are opened there. Raises
-    ConfigError where `data` has no such views.
+    ConfigError where `data` has no such views, or asks to cache what is in memory.
     """
 
     def __init__(
@@ -45,7 +46,10 @@ class ClipDataset(Dataset[Loaded]):
         self.corpus, self.data, self.seed, self.training, self.views = corpus, data, seed, training, views
         self._last: FrameSource | None = None
         # The cache holds centered squares.
-        self._cache = FrameCache(data) if data.cache != "none" and views[1] == 1 and corpus.arrays is None else None
+        if data.cache != "none" and corpus.arrays is not None:
+            raise ConfigError(f"data.cache is for files; {corpus.name} is held in memory", hint="Leave it at none.")
+        cached = data.cache != "none" and views[1] == 1
+        self._cache = (VolumeCache if corpus.kind == "volume" else FrameCache)(data) if cached else None
         arrays = corpus.arrays
         wanted = (1, data.channels, data.frame_size, data.frame_size)
         # Stills that need no change are fetched as one slice of the array.

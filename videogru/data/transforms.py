@@ -73,4 +73,4 @@ def _resize(frames: ClipFrames, rows: int, cols: int) -> MadeFrames:
     if frames.shape[-2:] == (rows, cols):
         return frames
     resized = F.interpolate(frames, size=(rows, cols), mode="bilinear", antialias=True, align_corners=False)
-    return resized if frames.dtype == torch.uint8 else resized.clamp(0.0, 1.0)
+    return resized if frames.dtype == torch.uint8 else resized.clamp_(0.0, 1.0)

@@ -20,6 +20,7 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig, Kind
+from videogru.data.percentiles import finite_percentiles
 from videogru.data.scan import Scan
 from videogru.data.volume_nifti import read_nifti
 from videogru.errors import SourceError
@@ -120,9 +121,11 @@ class Volume:
             raise ValueError(f"indices {chosen[0]}..{chosen[-1]} are outside 0..{len(self.slices) - 1}")
         unit = np.empty((len(chosen), 1, *self.slices.shape[1:]), np.float32)
         # One by one: float64 copies of all of them would take several times the memory of the clip.
-        for place, index in enumerate(chosen):
-            values = self.slices[index].astype(np.float64) * self.slope + self.intercept
-            unit[place, 0] = _rescale(values, *self.ends)
+        # Voxels that are no numbers, or become infinite, are counted and give 0.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for place, index in enumerate(chosen):
+                values = self.slices[index].astype(np.float64) * self.slope + self.intercept
+                unit[place, 0] = _rescale(values, *self.ends)
         return torch.from_numpy(unit)
 
     def close(self) -> None:
@@ -196,7 +199,8 @@ def _orientation(affine: NDArray[np.float64], path: Path) -> NDArray[np.float64]
             where=path,
             hint="Correct sform or qform in the header.",
         )
-    orientation: NDArray[np.float64] = nib.io_orientation(affine)
+    with np.errstate(over="ignore", invalid="ignore"):
+        orientation: NDArray[np.float64] = nib.io_orientation(affine)
     return orientation
 
 
@@ -210,8 +214,9 @@ def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, int
             reach = data.zscore_range * sd * abs(slope)
             first, last = mean * slope + intercept - reach, mean * slope + intercept + reach
         else:
-            finite = _some_finite(volume)
-            first, last = np.percentile(finite * slope + intercept, [data.percentile_low, data.percentile_high])
+            wanted = data.percentile_low, data.percentile_high
+            found = finite_percentiles(_grid(volume), *wanted, slope=slope, intercept=intercept)
+            first, last = found or np.percentile(_some_finite(volume) * slope + intercept, wanted)
         if first == last:
             low, high = _finite_range(volume)
             first, last = sorted((low * slope + intercept, high * slope + intercept))
@@ -221,19 +226,19 @@ def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, int
     return float(first), float(last)
 
 
-def _some_finite(volume: NDArray[Any]) -> NDArray[np.float64]:
-    """Finite voxels of a grid of at most some two million; as many of all finite ones, where the grid has none."""
+def _grid(volume: NDArray[Any]) -> NDArray[Any]:
+    """Every s-th voxel along each axis, at most some two million."""
     stride = ceil((volume.size / MAX_PERCENTILE_VOXELS) ** (1 / max(volume.ndim, 1)))
-    finite = _finite(volume[(slice(None, None, stride),) * volume.ndim])
-    if len(finite) == 0:
-        every = ceil(
-            sum(int(np.count_nonzero(np.isfinite(block))) for block in _blocks(volume)) / MAX_PERCENTILE_VOXELS
-        )
-        found = [block[np.isfinite(block)][:: max(every, 1)] for block in _blocks(volume)]
-        finite = np.concatenate(found).astype(np.float64)
-    if len(finite) == 0:
+    return volume[(slice(None, None, stride),) * volume.ndim]
+
+
+def _some_finite(volume: NDArray[Any]) -> NDArray[np.float64]:
+    """As many of all finite voxels as the grid may have, where it has none."""
+    every = ceil(sum(int(np.count_nonzero(np.isfinite(block))) for block in _blocks(volume)) / MAX_PERCENTILE_VOXELS)
+    if not every:
         raise ValueError("not one voxel is a finite number")
-    return finite
+    found = [block[np.isfinite(block)][::every] for block in _blocks(volume)]
+    return np.concatenate(found).astype(np.float64)
 
 
 def _foreground(volume: NDArray[Any], *, below: bool) -> tuple[float, float]:
