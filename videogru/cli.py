@@ -24,6 +24,7 @@ from videogru.options import (
     DataDirOption,
     DataSetOption,
     Format,
+    SeriesOption,
     SetOption,
     SplitName,
     TrainCommand,
@@ -77,14 +78,24 @@ def _main(
     "videogru train --dataset grid_digits --epochs 20 --set model.cell=none\n\n"
     "videogru train --dataset cifar100 --seq rows --data-dir ~/data/cifar100\n\n"
     "videogru train --dataset clips/        (a folder with a subfolder per class)\n\n"
+    "videogru train --dataset bids/ --suffix T1w --label group     (a BIDS folder)\n\n"
     "videogru train --dataset table.csv     (columns source,label[,split,group,start_seconds,end_seconds])\n\n"
     "videogru train --resume runs/clips-0001",
 )
 def train(
     dataset: Annotated[
-        str | None, typer.Option(help="Name of a data set, folder with a subfolder per class, or manifest .csv.")
+        str | None,
+        typer.Option(help="Name of a data set, folder with a subfolder per class or in BIDS, or manifest .csv."),
     ] = None,
     data_dir: DataDirOption = None,
+    suffix: Annotated[
+        str | None, typer.Option(help="Of a BIDS folder: which scans, as T1w.", show_default=False)
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Of a BIDS folder: the classes in participants.tsv.", show_default=False),
+    ] = None,
+    series: SeriesOption = None,
     seq: Annotated[
         str | None, typer.Option(help="How feature maps become steps: frames (slices), rows, cols, grid.")
     ] = None,
@@ -122,6 +133,9 @@ def train(
     values = {
         "dataset": dataset,
         "data_dir": None if data_dir is None else str(data_dir),
+        "suffix": suffix,
+        "label": label,
+        "series": series,
         "seq": seq,
         "encoder": encoder,
         "epochs": epochs,
@@ -226,7 +240,7 @@ def probe(
 
 @app.command(
     epilog="[bold]Examples[/bold]\n\n"
-    "videogru infer scan.nii.gz\n\n"
+    "videogru infer scan.nii.gz dicom_series/\n\n"
     "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
     "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord\n\n"
     "videogru infer sentence.mp4 --windows"
@@ -243,6 +257,7 @@ def infer(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes named per input.")] = 1,
     views: ViewsOption = "1x1",
+    series: SeriesOption = None,
     windows: Annotated[
         bool,
         typer.Option(
@@ -267,6 +282,7 @@ def infer(
     from videogru.inference.timeline import MIN_CONFIDENCE
 
     by_ending = {".csv": Format.csv, ".jsonl": Format.jsonl}
+    settings = parse_assignments(set_ or []) | ({} if series is None else {"data.series": series})
     chosen = format or (by_ending.get(out.suffix, Format.table) if out else Format.table)
     if windows and (top_k != 1 or views != "1x1"):
         raise ConfigError("--windows names one class per segment, from one view: leave --top-k and --views out")
@@ -281,7 +297,7 @@ def infer(
             window_seconds=window_seconds or (),
             min_confidence=MIN_CONFIDENCE if min_confidence is None else min_confidence,
             device=device,
-            settings=parse_assignments(set_ or []),
+            settings=settings,
             progress=sys.stderr.isatty(),
             say=_say,
         )
@@ -294,7 +310,7 @@ def infer(
             top_k=top_k,
             views=parse_views(views),
             device=device,
-            settings=parse_assignments(set_ or []),
+            settings=settings,
             progress=sys.stderr.isatty(),
             say=_say,
         )

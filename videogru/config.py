@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from videogru.errors import ConfigError
 
@@ -20,6 +20,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+# YAML reads 3 as a number.
+Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value), Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -92,6 +94,20 @@ class DataConfig(Settings):
     folder_fps: float = Field(
         25.0, gt=0, le=100_000, description="frames per second of a folder of numbered images, which have no times"
     )
+    max_memory_gib: float = Field(4.0, gt=0, description="of voxels that one volume may take in memory")
+    series: Word | None = Field(
+        None,
+        description="which DICOM series of a folder that holds several: its SeriesInstanceUID or its SeriesNumber; "
+        "other volumes have none",
+    )
+    suffix: Word | None = Field(
+        None, description="of a BIDS folder, which scans: the end of their names, as T1w; default: the only one there"
+    )
+    label_column: Word | None = Field(
+        None,
+        description="of a BIDS folder, the column of participants.tsv with the classes; default: the only one of "
+        "words or few numbers that describes no person (sex, handedness), place or date",
+    )
     axis: Literal["axial", "coronal", "sagittal"] = Field("axial", description="axis along which a volume is unrolled")
     intensity: Literal["percentile", "window"] = Field("percentile", description="how volume intensities map to 0..1")
     percentile_low: float = Field(0.5, ge=0, le=100)
@@ -123,6 +139,8 @@ class DataConfig(Settings):
 
         Raises ConfigError where a setting is for another kind.
         """
+        if kind != "volume" and self.series is not None:
+            raise ConfigError(f"data.series is for DICOM volumes, not for a {kind}", hint="Leave it out.")
         if kind != "video":
             for key in ("context_seconds", "augment.shift_seconds"):
                 if self.context_seconds if key == "context_seconds" else self.augment.shift_seconds:

@@ -21,6 +21,7 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig, Kind
+from videogru.data.scan import Scan
 from videogru.errors import SourceError
 from videogru.sequence import Unit
 
@@ -119,28 +120,21 @@ class Volume:
         self.close()
 
 
-def _load(path: Path, data: DataConfig) -> Volume:
-    image: Any = nib.load(path)
-    if not isinstance(image, _IMAGES):
-        raise SourceError(
-            f"holds no scan but a {type(image).__name__}", where=path, hint="Give a 3-D NIfTI, MGH or Analyze volume."
-        )
-    _check_claims(image, path)
-    affine = np.asarray(image.affine, np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+def volume_of(scan: Scan, *, path: Path, data: DataConfig) -> Volume:
+    """A scan turned to the nearest RAS orientation and unrolled along `data.axis`.
+
+    Raises SourceError where its affine is singular or no voxel is finite.
+    """
+    if not np.isfinite(scan.affine).all() or abs(np.linalg.det(scan.affine[:3, :3])) < 1e-12:
         raise SourceError(
             "its affine is singular, so directions and spacing are unknown",
             where=path,
             hint="Correct sform or qform in the header.",
         )
-    orientation = nib.io_orientation(affine)
-    # The raw numbers: nibabel would turn scaled integers into float64 as a whole.
-    raw = np.asarray(image.dataobj.get_unscaled()).reshape(image.shape[:3])
-    slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
-    _check_end(image)
-    volume = nib.apply_orientation(raw, orientation)
+    orientation = nib.io_orientation(scan.affine)
+    volume = nib.apply_orientation(scan.voxels, orientation)
     spacing = [0.0, 0.0, 0.0]
-    for size, target in zip(voxel_sizes(affine), orientation[:, 0], strict=True):
+    for size, target in zip(voxel_sizes(scan.affine), orientation[:, 0], strict=True):
         spacing[int(target)] = float(size)
     bad = 0 if volume.dtype.kind in "iub" else volume.size - int(np.count_nonzero(np.isfinite(volume)))
     if bad == volume.size:
@@ -153,23 +147,42 @@ def _load(path: Path, data: DataConfig) -> Volume:
         positions=positions,
         extent=(-step / 2, float(positions[-1]) + step / 2),
         pixel_aspect=spacing[down] / spacing[across],
-        details={
-            "format": type(image).__name__,
-            "shape": [int(side) for side in image.shape],
-            "dtype": str(image.get_data_dtype()),
-            "slope": slope,
-            "intercept": intercept,
-            "orientation": "".join(nib.aff2axcodes(affine)),
-            "orientation_from": _orientation_from(image),
+        details=scan.details
+        | {
+            "slope": scan.slope,
+            "intercept": scan.intercept,
+            "orientation": "".join(nib.aff2axcodes(scan.affine)),
             "spacing_mm_ras": spacing,
             "axis": data.axis,
             "not_finite": bad,
         },
-        slope=slope,
-        intercept=intercept,
-        ends=_intensity_ends(volume, data, slope=slope, intercept=intercept),
+        slope=scan.slope,
+        intercept=scan.intercept,
+        ends=_intensity_ends(volume, data, slope=scan.slope, intercept=scan.intercept),
         slices=unroll(volume, data.axis),
     )
+
+
+def _load(path: Path, data: DataConfig) -> Volume:
+    image: Any = nib.load(path)
+    if not isinstance(image, _IMAGES):
+        raise SourceError(
+            f"holds no scan but a {type(image).__name__}", where=path, hint="Give a 3-D NIfTI, MGH or Analyze volume."
+        )
+    _check_claims(image, path)
+    # The raw numbers: nibabel would turn scaled integers into float64 as a whole.
+    raw = np.asarray(image.dataobj.get_unscaled()).reshape(image.shape[:3])
+    _check_end(image)
+    details: dict[str, object] = {
+        "format": type(image).__name__,
+        "shape": [int(side) for side in image.shape],
+        "dtype": str(image.get_data_dtype()),
+        "orientation_from": _orientation_from(image),
+    }
+    scan = Scan(
+        raw, float(image.dataobj.slope), float(image.dataobj.inter), np.asarray(image.affine, np.float64), details
+    )
+    return volume_of(scan, path=path, data=data)
 
 
 def _check_end(image: Any) -> None:
