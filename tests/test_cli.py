@@ -36,12 +36,13 @@ def test_flags_grow_only_on_purpose() -> None:
             ]
     assert flags == {
         "train": [
-            *("--dataset", "--data-dir", "--seq", "--encoder", "--config", "--epochs", "--batch-size", "--lr"),
+            *("--dataset", "--data-dir", "--suffix", "--label", "--series"),
+            *("--seq", "--encoder", "--config", "--epochs", "--batch-size", "--lr"),
             *("--devices", "--nodes", "--resume", "--seed", "--out", "--volume", "--max-memory", "--set"),
         ],
         "eval": ["run_or_model", "--split", "--dataset", "--data-dir", "--views", "--device", "--out"],
         "infer": [
-            *("paths", "--model", "--out", "--format", "--top-k", "--views", "--windows"),
+            *("paths", "--model", "--out", "--format", "--top-k", "--views", "--series", "--windows"),
             *("--window-seconds", "--min-confidence", "--explain", "--device", "--volume", "--max-memory", "--set"),
         ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
@@ -100,7 +101,7 @@ def test_data_list_fits_a_narrow_terminal(typed, monkeypatch: pytest.MonkeyPatch
     wide = typed("data", "list")[1].splitlines()
     monkeypatch.setattr("videogru.terminal.console", lambda: Console(width=80))
     narrow = typed("data", "list")[1].splitlines()
-    assert len(wide) == 5 and narrow[0] == "adrenalmnist3d"
+    assert len(wide) == 10 and narrow[0] == "adrenalmnist3d"
     assert narrow[1].split() == [
         "title",
         "AdrenalMNIST3D,",

@@ -124,7 +124,6 @@ def test_close_twice_and_read_after(tmp_path: Path) -> None:
         (["img_1.jpg", "img_2.jpg", "clip.mp4"], "clip.mp4 is no image"),
         (["img_1.jpg", "img_2.jpg", "more/img_1.jpg"], "its folder more holds media"),
         (["img_1.jpg", f"img_{9 * 10**17}.jpg", f"img_{9 * 10**17 + 1}.jpg"], "too far apart"),
-        (["1.dcm", "2.dcm"], "DICOM"),
     ],
 )
 def test_folders_that_are_no_frame_folders(tmp_path: Path, names: list[str], words: str) -> None:

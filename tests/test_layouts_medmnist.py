@@ -122,3 +122,61 @@ def test_npz_with_a_flipped_byte(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(raw)
     with pytest.raises(DataError, match="cannot be read as .npz"):
         opened("adrenalmnist3d", tmp_path / "x.npz")
+
+
+# medmnist/info.py of the publisher's package
+PUBLISHED = {
+    "adrenalmnist3d": (
+        ("normal", "hyperplasia"),
+        "bbd3c5a5576322bc4cdfea780653b1ce",
+        "17721accfe9fb005146a47d33bc54b2f",
+    ),
+    "fracturemnist3d": (
+        ("buckle rib fracture", "nondisplaced rib fracture", "displaced rib fracture"),
+        "6aa7b0143a6b42da40027a9dda61302f",
+        "f01d7e6316aedf4210da0da5b7437b42",
+    ),
+    "nodulemnist3d": (("benign", "malignant"), "8755a7e9e05a4d9ce80a24c3e7a256f3", "c47c5b7d457bf6332200d2ea6d64ecd8"),
+    "organmnist3d": (
+        (
+            *("liver", "kidney-right", "kidney-left", "femur-right", "femur-left", "bladder", "heart"),
+            *("lung-right", "lung-left", "spleen", "pancreas"),
+        ),
+        "a0c5a1ff56af4f155c46d46fbb45a2fe",
+        "58a2205adf14a9d0a189cb06dc78bf10",
+    ),
+    "synapsemnist3d": (
+        ("inhibitory synapse", "excitatory synapse"),
+        "1235b78a3cd6280881dd7850a78eadb6",
+        "43bd14ebf3af9d3dd072446fedc14d5e",
+    ),
+    "vesselmnist3d": (("vessel", "aneurysm"), "b41fd4f7e7e2feedddb201585ecafa1b", "6bb274a8846e1097066dcd64e2c4520f"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("side", [28, 64])
+def test_every_3d_set_by_the_file_of_a_size(
+    tmp_path: Path, name: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes, small, large = PUBLISHED[name]
+    card = load_card(name)
+    assert card.classes == classes
+    assert {file: facts.md5 for file, facts in card.files.items()} == {f"{name}.npz": small, f"{name}_64.npz": large}
+    labels = np.arange(len(classes), dtype=np.uint8)[:, None]
+    images = np.random.default_rng(side).integers(0, 256, (3, len(classes), side, side, side), np.uint8)
+    path = tmp_path / f"{name}{'' if side == 28 else '_64'}.npz"
+    splits = ("train", "val", "test")
+    arrays = {f"{split}_images": images[code] for code, split in enumerate(splits)}
+    np.savez(path, **arrays, **{f"{split}_labels": labels for split in splits})
+    # Made up, so not what was published.
+    with pytest.raises(DataError, match="published"):
+        opened(name, path)
+    monkeypatch.setattr(type(card), "check_file", lambda self, path: None)
+    corpus = opened(name, path)
+    assert (corpus.kind, corpus.classes, corpus.missing) == ("volume", classes, 0)
+    assert corpus.arrays is not None
+    assert corpus.arrays.shape == (3 * len(classes), side, 1, side, side)
+    assert corpus.manifest.labels.tolist() == 3 * list(range(len(classes)))
+    # z becomes time; rows from anterior, columns from the patient's right: see unroll
+    assert np.array_equal(corpus.arrays[-1, 5, 0], images[2, -1, ::-1, ::-1, 5].T)

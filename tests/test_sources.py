@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from videogru.config import DataConfig
+from videogru.data.dicom_files import DICOM_SUFFIXES
 from videogru.data.frames import SUFFIXES, kind_of_name
 from videogru.data.image import StillImage
-from videogru.data.sources import DICOM_SUFFIXES, open_source, read_clip, read_clips
+from videogru.data.sources import open_source, read_clip, read_clips
 from videogru.data.video_pyav import PyavVideo
 from videogru.data.volume import Volume
 from videogru.errors import ConfigError, SourceError
@@ -61,7 +62,7 @@ def volume_path(tmp_path: Path) -> Path:
         ("a.JPeG", "image"),
         ("a.tar.gz", None),
         ("a.gz", None),
-        ("a.dcm", None),
+        ("a.dcm", "volume"),
         ("mp4", None),
         (".nii", None),
         ("a", None),
@@ -113,9 +114,9 @@ def test_paths_that_are_no_source(tmp_path: Path) -> None:
         ("nowhere.mp4", "no such file"),
         ("empty.mp4", "0 bytes"),
         ("text.txt", "unknown suffix '.txt'"),
-        ("a.dcm", "DICOM, which is not supported"),
-        ("bare.nii", "DICOM, which is not supported"),
-        ("series", "folder of DICOM"),
+        ("a.dcm", "is no DICOM file"),
+        ("bare.nii", "holds no image"),
+        ("series", "is no DICOM file"),
         ("folder.mp4", "is a folder"),
         ("pipe.mp4", "no regular file"),
         ("x" * 300 + ".mp4", "no such file|cannot be opened"),

@@ -16,7 +16,8 @@ from typing import Any
 from measuring import Parser, exit_code, machine, machine_sentence, progress, write_json, write_text
 
 from videogru.config import DataConfig
-from videogru.data.sources import DICOM_SUFFIXES, open_source
+from videogru.data.dicom_files import holds_dicom
+from videogru.data.sources import open_source
 from videogru.errors import SourceError
 from videogru.inference.predict import Predictor
 
@@ -51,9 +52,8 @@ def work(options: Any, facts: dict[str, object]) -> int:
 
 
 def scans_below(folder: Path) -> Iterator[Path]:
-    """Files, sorted; of a header and image pair the header; a folder that holds several DICOM slices, as a whole."""
-    slices = [path for path in folder.iterdir() if path.suffix.lower() in DICOM_SUFFIXES]
-    if len(slices) > 1:
+    """Files, sorted; of a header and image pair the header; a folder that holds DICOM slices, as a whole."""
+    if holds_dicom(folder):
         yield folder
         return
     for path in sorted(folder.iterdir()):

@@ -25,6 +25,7 @@ from videogru.options import (
     DataSetOption,
     Format,
     MaxMemoryOption,
+    SeriesOption,
     SetOption,
     SplitName,
     TrainCommand,
@@ -79,14 +80,24 @@ def _main(
     "videogru train --dataset grid_digits --epochs 20 --set model.cell=none\n\n"
     "videogru train --dataset cifar100 --seq rows --data-dir ~/data/cifar100\n\n"
     "videogru train --dataset clips/        (a folder with a subfolder per class)\n\n"
+    "videogru train --dataset bids/ --suffix T1w --label group     (a BIDS folder)\n\n"
     "videogru train --dataset table.csv     (columns source,label[,split,group,start_seconds,end_seconds])\n\n"
     "videogru train --resume runs/clips-0001",
 )
 def train(
     dataset: Annotated[
-        str | None, typer.Option(help="Name of a data set, folder with a subfolder per class, or manifest .csv.")
+        str | None,
+        typer.Option(help="Name of a data set, folder with a subfolder per class or in BIDS, or manifest .csv."),
     ] = None,
     data_dir: DataDirOption = None,
+    suffix: Annotated[
+        str | None, typer.Option(help="Of a BIDS folder: which scans, as T1w.", show_default=False)
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Of a BIDS folder: the classes in participants.tsv.", show_default=False),
+    ] = None,
+    series: SeriesOption = None,
     seq: Annotated[
         str | None, typer.Option(help="How feature maps become steps: frames (slices), rows, cols, grid.")
     ] = None,
@@ -126,6 +137,9 @@ def train(
     values = {
         "dataset": dataset,
         "data_dir": None if data_dir is None else str(data_dir),
+        "suffix": suffix,
+        "label": label,
+        "series": series,
         "seq": seq,
         "encoder": encoder,
         "epochs": epochs,
@@ -232,7 +246,7 @@ def probe(
 
 @app.command(
     epilog="[bold]Examples[/bold]\n\n"
-    "videogru infer scan.nii.gz\n\n"
+    "videogru infer scan.nii.gz dicom_series/\n\n"
     "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
     "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord\n\n"
     "videogru infer bold.nii.gz --volume mean\n\n"
@@ -251,6 +265,7 @@ def infer(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes named per input.")] = 1,
     views: ViewsOption = "1x1",
+    series: SeriesOption = None,
     windows: Annotated[
         bool,
         typer.Option(
@@ -293,7 +308,7 @@ def infer(
             "--explain tells what one clip of each input says: leave --windows and --views out",
             hint="Example: videogru infer scan.nii.gz --explain",
         )
-    flags = {"data.volume": volume, "data.max_memory_gib": max_memory}
+    flags = {"data.volume": volume, "data.max_memory_gib": max_memory, "data.series": series}
     settings = {key: value for key, value in flags.items() if value is not None} | parse_assignments(set_ or [])
     if windows:
         failed = timeline_answers.answer_windows(

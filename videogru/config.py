@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from videogru.errors import ConfigError
 
@@ -21,6 +29,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+# YAML reads 3 as a number.
+Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value), Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -121,6 +131,19 @@ class DataConfig(Settings):
         description="how volume intensities map to 0..1, linearly and clipped, between: two percentiles; a fixed "
         "window (CT); the mean of the foreground (what is above the mean) -+ zscore_range of its standard deviations",
     )
+    series: Word | None = Field(
+        None,
+        description="which DICOM series of a folder that holds several: its SeriesInstanceUID or its SeriesNumber; "
+        "other volumes have none",
+    )
+    suffix: Word | None = Field(
+        None, description="of a BIDS folder, which scans: the end of their names, as T1w; default: the only one there"
+    )
+    label_column: Word | None = Field(
+        None,
+        description="of a BIDS folder, the column of participants.tsv with the classes; default: the only one of "
+        "words or few numbers that describes no person (sex, handedness), place or date",
+    )
     percentile_low: float = Field(0.5, ge=0, le=100)
     percentile_high: float = Field(99.5, ge=0, le=100)
     window_low: float = Field(0.0, description="for intensity=window, in the scan's units (HU for CT)")
@@ -177,6 +200,8 @@ class DataConfig(Settings):
         """
         if kind != "volume" and self.slab != 1:
             raise ConfigError(f"data.slab is for volumes, not for a {kind}", hint="Leave it at 1.")
+        if kind != "volume" and self.series is not None:
+            raise ConfigError(f"data.series is for DICOM volumes, not for a {kind}", hint="Leave it out.")
         if kind != "video":
             for key in ("context_seconds", "augment.shift_seconds"):
                 if self.context_seconds if key == "context_seconds" else self.augment.shift_seconds:

@@ -36,8 +36,10 @@ CheckSetOption = Annotated[
 DataDirOption = Annotated[
     Path | None, typer.Option("--data-dir", help="Where the data of a named data set lie.", show_default=False)
 ]
-
-
+SeriesOption = Annotated[
+    str | None,
+    typer.Option(metavar="NUMBER-OR-UID", help="Which series, where DICOM folders hold several.", show_default=False),
+]
 ViewsOption = Annotated[
     str, typer.Option("--views", metavar="CLIPSxCROPS", help="Average over clips in time times crops, as 10x3.")
 ]
@@ -61,6 +63,9 @@ MaxMemoryOption = Annotated[
 TRAIN_FLAGS = {
     "dataset": "data.dataset",
     "data_dir": "data.data_dir",
+    "suffix": "data.suffix",
+    "label": "data.label_column",
+    "series": "data.series",
     "seq": "model.seq",
     "encoder": "model.encoder",
     "epochs": "train.epochs",

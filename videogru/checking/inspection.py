@@ -62,7 +62,7 @@ def inspect_source(source: str, *, root: Path, kind: Kind, data: DataConfig) -> 
 
 
 def file_facts(path: Path) -> tuple[int, int]:
-    """(bytes, mtime_ns) by which a change is seen; of a folder of frames the sum and the newest. Raises OSError."""
+    """(bytes, mtime_ns) by which a change is seen; of a folder the sum and the newest of its files. Raises OSError."""
     if not path.is_dir():
         found = path.stat()
         return found.st_size, found.st_mtime_ns
@@ -74,7 +74,7 @@ def file_facts(path: Path) -> tuple[int, int]:
 
 def _file_hash(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
-    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for part in sorted(entry for entry in path.iterdir() if entry.is_file()) if path.is_dir() else [path]:
         with part.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)

@@ -16,9 +16,9 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 class FileFacts(Settings):
-    """Size and checksum of a published file; exactly one kind of checksum."""
+    """Checksum of a published file, of exactly one kind, and its size where that is published."""
 
-    bytes: int = Field(ge=1)
+    bytes: int | None = Field(default=None, ge=1)
     md5: str | None = Field(default=None, pattern="^[0-9a-f]{32}$")
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
@@ -60,7 +60,7 @@ class Card(Settings):
             return
         try:
             size = path.stat().st_size
-            if size != facts.bytes:
+            if facts.bytes is not None and size != facts.bytes:
                 raise DataError(f"{size} bytes, published are {facts.bytes}", where=path, hint=self.how_to_obtain)
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "md5" if facts.md5 else "sha256").hexdigest()

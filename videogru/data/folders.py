@@ -81,6 +81,11 @@ class Tree:
         return self._parents[parent]
 
 
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; nothing hidden."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
 class Places(NamedTuple):
     """(N,) sources by folder: `codes` int32 into `folders`; the name of a row is what follows its last slash."""
 

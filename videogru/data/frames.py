@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from videogru.config import Kind
+from videogru.data.dicom_files import DICOM_SUFFIXES, has_magic, head_of, holds_dicom, is_dicom_name, may_be_dicom_name
 from videogru.errors import DataError
 from videogru.sequence import Unit
 
@@ -25,6 +26,7 @@ SUFFIXES: dict[Kind, frozenset[str]] = {
 }
 _MAX_DIGITS = 18  # of an int64
 _KIND_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
+_KIND_OF |= dict.fromkeys(DICOM_SUFFIXES, "volume")
 
 
 def kind_of_name(name: str) -> Kind | None:
@@ -34,6 +36,22 @@ def kind_of_name(name: str) -> Kind | None:
     if len(parts) == 1:
         return None
     return _KIND_OF.get("." + (".".join(parts[1:]) if parts[-1] == "gz" else parts[-1]))
+
+
+def kind_of_source(path: Path) -> Kind | None:
+    """The kind of a file or folder: by its name, else a folder with DICOM files is a volume, any other may be a video.
+
+    None for a file of no known kind, and for what is not there.
+    """
+    kind = kind_of_name(path.name)
+    if kind is not None:
+        return kind
+    if path.is_dir():
+        return "volume" if holds_dicom(path) else "video"
+    try:
+        return "volume" if path.is_file() and has_magic(head_of(path)) else None
+    except OSError:
+        return None
 
 
 class NumberedImages(NamedTuple):
@@ -78,6 +96,7 @@ def numbered_images(names: Iterable[str]) -> NumberedImages:
 def media_files(folder: Path, ignored: Counter[str] | None = None, *, frame_folders: bool = False) -> list[Path]:
     """Files of any known kind below a folder, sorted; nothing hidden, and of a header and image pair only the header.
 
+    A folder (also `folder` itself) in which DICOM files lie stands for them: it is a volume, or holds several.
     ignored: counts the suffixes of the other files; frame_folders: a folder below (not `folder` itself) that holds
     numbered images, and no media in folders of its own, stands for them: it is a video. Raises DataError where a folder
     cannot be listed.
@@ -91,7 +110,11 @@ def media_files(folder: Path, ignored: Counter[str] | None = None, *, frame_fold
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         present = set(names)
         inside: list[Path] = []
+        if series := holds_dicom(Path(parent), names):
+            inside.append(Path(parent))
         for name in sorted(names):
+            if series and (is_dicom_name(name) or may_be_dicom_name(name)):
+                continue
             if name.startswith(".") or (".img" in name and name.replace(".img", ".hdr") in present):
                 continue
             if kind_of_name(name) is not None:

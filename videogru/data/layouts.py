@@ -1,9 +1,9 @@
-"""Opens a data set, however its files lie: a card, a folder with a subfolder per class, or a manifest."""
+"""Opens a data set, however its files lie: a card, a folder with a subfolder per class, a BIDS folder, a manifest."""
 
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from videogru.config import SPLITS, DataConfig, Kind, Split
+from videogru.data.bids import is_bids, read_bids
 from videogru.data.card import Card, load_card
 from videogru.data.columns import Coded, hand_over
-from videogru.data.folders import first_of_each_suffix
-from videogru.data.frames import SUFFIXES, kind_of_name, media_files
+from videogru.data.folders import first_of_each_suffix, subfolders
+from videogru.data.frames import SUFFIXES, kind_of_name, kind_of_source, media_files
+from videogru.data.kinetics import kinetics_clips, kinetics_rows, kinetics_table
 from videogru.data.manifest import Manifest, build_manifest, missing_rows, read_manifest
 from videogru.data.npz import read_npz
 from videogru.data.splits import assign_splits
-from videogru.data.table import TABLE_SUFFIXES, read_table
+from videogru.data.table import TABLE_SUFFIXES
 from videogru.errors import ConfigError, DataError
 from videogru.resources import card_names, data_root
 
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
 _CIFAR_FOLDER = "cifar-100-python"
+_LOOKED_THROUGH = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +62,8 @@ class Corpus:
 
 
 def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True, empty_classes: bool = False) -> Corpus:
-    """Open data.dataset: a card's name, a folder with a subfolder per class, or a manifest .csv, .parquet or .arrow.
+    """Open data.dataset: a card's name, a folder with a subfolder per class or in BIDS, or a manifest (.csv, .parquet,
+    .arrow).
 
     Unset splits are drawn by `assign_splits` from data.val_fraction, data.test_fraction and `seed`. Without
     `for_training`, a set without any split is all test, and one whose splits are all set may lack training rows.
@@ -74,9 +78,17 @@ def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True, e
             "no data set is named", hint=f"--dataset takes a folder, a .csv, or: {', '.join(card_names())}"
         )
     path = Path(name)
-    if path.is_dir() and name not in card_names():
-        if data.data_dir is not None:
-            raise ConfigError(f"--data-dir goes with a card or a manifest, but {name} is a folder")
+    folder = path.is_dir() and name not in card_names()
+    bids = folder and is_bids(path)
+    if not bids and (data.suffix is not None or data.label_column is not None):
+        raise ConfigError(f"--suffix and --label go with a BIDS folder, and {name} has no participants.tsv")
+    if folder and data.data_dir is not None:
+        raise ConfigError(f"--data-dir goes with a card or a manifest, but {name} is a folder")
+    if bids:
+        manifest = read_bids(path, data)
+        bare = replace(manifest, notes=())
+        corpus = Corpus(manifest.root.name, "volume", manifest.classes, bare, None, None, 0, manifest.notes)
+    elif folder:
         corpus = _open_class_folders(path, data, empty_classes)
     elif path.suffix.lower() in TABLE_SUFFIXES:
         corpus = _from_manifest(path.stem, read_manifest(path, root=data.data_dir), None)
@@ -105,11 +117,13 @@ def _open_bundled(card: Card, data: DataConfig) -> Corpus:
 
 
 def _from_manifest(name: str, manifest: Manifest, card: Card | None) -> Corpus:
+    absent = missing_rows(manifest)
     rows = first_of_each_suffix(manifest.sources)
+    rows += _first_folder_there(manifest, rows, absent)
     kind = _one_kind((manifest.sources[row] for row in rows), manifest.root)
     if card is not None and kind != card.kind:
         raise DataError(f"holds {kind} files, but {card.name} is of kind {card.kind}", where=manifest.root)
-    missing = len(missing_rows(manifest))
+    missing = len(absent)
     if missing == len(manifest):
         hint = (
             card.how_to_obtain if card else "Sources are relative to the manifest's folder; --data-dir names another."
@@ -121,25 +135,35 @@ def _from_manifest(name: str, manifest: Manifest, card: Card | None) -> Corpus:
     return Corpus(name, kind, manifest.classes, manifest, None, card, missing, notes)
 
 
+def _first_folder_there(manifest: Manifest, rows: list[int], absent: NDArray[np.int64]) -> list[int]:
+    """Where a nameless source that would be looked into is absent: the first that is there, and tells the kind."""
+    gone = set(absent.tolist()) if len(absent) else set()
+    if not any(row in gone and kind_of_name(manifest.sources[row]) is None for row in rows):
+        return []
+    there = (row for row in range(len(manifest)) if row not in gone)
+    return [row for row in islice(there, _LOOKED_THROUGH) if kind_of_name(manifest.sources[row]) is None][:1]
+
+
 def _one_kind(names: Iterable[str], where: Path) -> Kind:
     examples: dict[Kind, str] = {}
+    unseen: list[str] = []
     for name in names:
-        kind = kind_of_name(name)
-        if kind is None and _is_folder_name(where / name):
-            kind = "video"
-        if kind is None:
+        path = where / name
+        kind = kind_of_name(name) or kind_of_source(path)
+        if kind is not None:
+            examples.setdefault(kind, name)
+        elif path.suffix or path.exists():
             known = " ".join(sorted(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
-            raise DataError(f"{name}: no known suffix", where=where, hint=f"Known: {known}")
-        examples.setdefault(kind, name)
+            raise DataError(f"{name}: no known suffix", where=where, hint=f"Known: {known}, and DICOM")
+        else:
+            unseen.append(name)
+    if not examples and unseen:
+        # A folder of frames, or of slices; nothing is there to tell.
+        return "video"
     if len(examples) != 1:
         found = "; ".join(f"{kind}: {name}" for kind, name in examples.items())
         raise DataError(f"one data set, one kind, but there are {found}", where=where)
     return next(iter(examples))
-
-
-def _is_folder_name(path: Path) -> bool:
-    """Whether a source without a media suffix is a frame folder, or would be if it were there."""
-    return path.is_dir() or not (path.suffix or path.exists())
 
 
 # Folders as labels ----------------------------------------------------------------------------------------------
@@ -152,7 +176,7 @@ def _open_class_folders(root: Path, data: DataConfig, empty_classes: bool) -> Co
     is one, every other folder of images counts as a video too, and fails with its reason when it is read.
     """
     root = root.resolve()
-    tops = _subfolders(root)
+    tops = subfolders(root)
     split_of = {alias: code for code, split in enumerate(SPLITS) for alias in _SPLIT_NAMES[split]}
     odd = [name for name in tops if name not in split_of]
     if "train" in tops and odd:
@@ -162,7 +186,7 @@ def _open_class_folders(root: Path, data: DataConfig, empty_classes: bool) -> Co
             hint="Expected FOLDER/<class>/files, or FOLDER/<train, val or test>/<class>/files; rename the others.",
         )
     if tops and not odd:
-        places = [(split_of[top], root / top, label) for top in tops for label in _subfolders(root / top)]
+        places = [(split_of[top], root / top, label) for top in tops for label in subfolders(root / top)]
     else:
         places = [(-1, root, label) for label in tops]
     classes = sorted({label for _, _, label in places})
@@ -180,7 +204,15 @@ def _open_class_folders(root: Path, data: DataConfig, empty_classes: bool) -> Co
     if not found:
         raise DataError("no videos, volumes or images in its class folders", where=root)
     notes = [f"ignored {count} files with suffix {suffix or '(none)'}" for suffix, count in sorted(ignored.items())]
-    if any(kind_of_name(path.name) is None for path, *_ in found):
+    series = {path for path, *_ in found if kind_of_name(path.name) is None and kind_of_source(path) == "volume"}
+    for path, place, *_ in found:
+        if path == place and path in series:
+            raise DataError(
+                "DICOM files lie directly in the folder of their class, so nothing says which are one scan",
+                where=path,
+                hint="Give each series a folder of its own: FOLDER/<class>/<patient>/*.dcm",
+            )
+    if any(kind_of_name(path.name) is None and path not in series for path, *_ in found):
         rows = dict.fromkeys((_clip_of(path, place), label, split) for path, place, label, split in found)
         notes.append(
             f"folders of numbered images are videos of {data.folder_fps:g} frames per second (data.folder_fps)"
@@ -192,29 +224,30 @@ def _open_class_folders(root: Path, data: DataConfig, empty_classes: bool) -> Co
     labels = [codes[label] for _, label, _ in rows]
     splits = [split for *_, split in rows]
     kind = _one_kind(sources, root)
+    if series:
+        notes.append(f"{len(series)} folders of DICOM files are volumes; those below one folder are of one patient")
     present = set(labels)
     empty = [name for code, name in enumerate(classes) if code not in present]
     if empty and not empty_classes:
         raise DataError(f"no files of class {', '.join(empty)}", where=root, hint="Remove the empty folders.")
-    return Corpus(
-        root.name,
-        kind,
-        tuple(classes),
-        build_manifest(root, classes, sources, labels, splits),
-        None,
-        None,
-        0,
-        tuple(notes),
-    )
+    manifest = build_manifest(root, classes, sources, labels, splits)
+    if series:
+        groups = [
+            _patient_of(path, where, root) if path in series else source
+            for (path, where, *_), source in zip(found, sources, strict=True)
+        ]
+        manifest = replace(manifest, groups=Coded.of(groups))
+    return Corpus(root.name, kind, tuple(classes), manifest, None, None, 0, tuple(notes))
+
+
+def _patient_of(series: Path, class_folder: Path, root: Path) -> str:
+    """The folder directly below the class folder in which a series lies, as <split>/<class>/<patient>."""
+    return (class_folder / series.relative_to(class_folder).parts[0]).relative_to(root).as_posix()
 
 
 def _clip_of(path: Path, class_folder: Path) -> Path:
     """The folder of an image that lies in one below its class folder; what else is a source stays."""
     return path.parent if kind_of_name(path.name) == "image" and path.parent != class_folder else path
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 # Kinetics -------------------------------------------------------------------------------------------------------
@@ -231,12 +264,12 @@ def _open_kinetics(card: Card, data: DataConfig) -> Corpus:
     notes: list[str] = []
     missing = 0
     for code, split in enumerate(SPLITS):
-        table = _kinetics_table(place, _SPLIT_NAMES[split])
+        table = kinetics_table(place, _SPLIT_NAMES[split])
         if table is None:
             continue
-        clips = _kinetics_clips(place, _SPLIT_NAMES[split])
+        clips = kinetics_clips(place, _SPLIT_NAMES[split])
         absent = count = 0
-        for youtube_id, start, end, label, where in _kinetics_rows(table):
+        for youtube_id, start, end, label, where in kinetics_rows(table):
             if label and label not in codes:
                 raise DataError(f"unknown class {label!r}", where=where)
             count += 1
@@ -256,48 +289,6 @@ def _open_kinetics(card: Card, data: DataConfig) -> Corpus:
         raise DataError(what, where=place, hint=card.how_to_obtain)
     manifest = replace(build_manifest(place, card.classes, sources, labels, splits), groups=Coded.of(groups))
     return Corpus(card.name, card.kind, card.classes, manifest, None, card, missing, tuple(notes))
-
-
-def _kinetics_table(place: Path, names: tuple[str, ...]) -> Path | None:
-    """train.csv, or a longer name that ends so (kinetics-400_train.csv), beside the clips or in annotations/."""
-    for folder in (place, place / "annotations"):
-        for name in names:
-            tables = [path for path in folder.glob(f"*{name}.csv") if path.stem[: -len(name)][-1:] in ("", "_", "-")]
-            if tables:
-                return min(tables, key=lambda path: (len(path.name), path.name))
-    return None
-
-
-def _kinetics_rows(path: Path) -> Iterator[tuple[str, int, int, str, str]]:
-    """(youtube_id, start, end, label, line) of each row; the label is '' where it is held out."""
-    header, rows, lines = read_table(path)
-    wanted = ("youtube_id", "time_start", "time_end")
-    if any(name not in header for name in wanted):
-        raise DataError(f"expected the columns {', '.join(wanted)}, found {', '.join(header)}", where=path)
-    at = [header.index(name) for name in wanted]
-    label_at = header.index("label") if "label" in header else None
-    for cells, line in zip(rows, lines, strict=True):
-        where = f"{path}:{line}"
-        youtube_id, start, end = (cells[column] for column in at)
-        try:
-            times = int(float(start)), int(float(end))
-        except (ValueError, OverflowError):
-            raise DataError(f"time_start {start!r} or time_end {end!r} is no number", where=where) from None
-        yield youtube_id, *times, "" if label_at is None else cells[label_at].strip(), where
-
-
-def _kinetics_clips(place: Path, names: tuple[str, ...]) -> dict[str, str]:
-    """{file stem: path below `place`} of a split's videos, directly in its folder or one deeper; one listing each."""
-    clips: dict[str, str] = {}
-    for top in (name for name in names if (place / name).is_dir()):
-        for folder in (top, *(f"{top}/{label}" for label in _subfolders(place / top))):
-            with os.scandir(place / folder) as entries:
-                for entry in entries:
-                    if kind_of_name(entry.name) == "video":
-                        clips[entry.name.rpartition(".")[0]] = f"{folder}/{entry.name}"
-                    elif entry.is_dir():  # its frames, extracted
-                        clips.setdefault(entry.name, f"{folder}/{entry.name}")
-    return clips
 
 
 # Arrays ---------------------------------------------------------------------------------------------------------

@@ -8,19 +8,21 @@ from numpy.typing import NDArray
 
 from videogru.config import DataConfig, Kind
 from videogru.data import sampling
+from videogru.data.dicom_files import has_magic, holds_dicom, is_dicom_name
 from videogru.data.frame_folder import open_frame_folder
 from videogru.data.frames import SUFFIXES, FrameSource, kind_of_name
 from videogru.data.image import open_image
 from videogru.data.video import open_video
-from videogru.data.volume import open_volume
+from videogru.data.volume import Volume, open_volume, volume_of
+from videogru.data.volume_dicom import read_dicom
 from videogru.errors import SourceError
 from videogru.sequence import FrameSequence
 
-DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
-
 
 def open_source(path: Path | str, *, data: DataConfig, kind: Kind | None = None) -> FrameSource:
-    """Open a video, volume or image with the reader its suffix asks for, or a folder of numbered images as a video.
+    """Open a video, volume or image with the reader its suffix asks for.
+
+    A folder of DICOM files is a volume, a folder of numbered images a video; DICOM files are also known by their mark.
 
     kind: what it has to be; None: any. Raises SourceError where the path is no file with content, is of another kind
     or no known one, or its reader refuses it; ConfigError where `data` asks for a decoder that is not installed.
@@ -28,7 +30,7 @@ def open_source(path: Path | str, *, data: DataConfig, kind: Kind | None = None)
     path = Path(path)
     try:
         if path.is_dir():
-            return _open_folder(path, data, kind)
+            return _open_dicom(path, data, kind) if holds_dicom(path) else _open_folder(path, data, kind)
         if not path.exists():
             raise SourceError("no such file", where=path, hint="Check the path; manifests count from their own folder.")
         if not path.is_file():
@@ -40,12 +42,8 @@ def open_source(path: Path | str, *, data: DataConfig, kind: Kind | None = None)
         raise SourceError(f"cannot be opened ({error})", where=path, hint="Check the path and its rights.") from error
     if size == 0:
         raise SourceError("is empty (0 bytes)", where=path, hint="Copy or download it again.")
-    if path.suffix.lower() in DICOM_SUFFIXES or head[128:] == b"DICM":
-        raise SourceError(
-            "is DICOM, which is not supported yet",
-            where=path,
-            hint="Convert the series to NIfTI, e.g. with: dcm2niix -z y FOLDER",
-        )
+    if is_dicom_name(path.name) or has_magic(head):
+        return _open_dicom(path, data, kind)
     found = kind_of_name(path.name)
     if found is None:
         known = {suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
@@ -178,18 +176,23 @@ def _read(source: FrameSource, clips: list[NDArray[np.int64]], slab: int) -> lis
     return [FrameSequence(frames[place], positions[place], source.unit) for place in places]
 
 
+def _open_dicom(path: Path, data: DataConfig, kind: Kind | None) -> Volume:
+    if kind not in (None, "volume"):
+        raise SourceError(f"is DICOM, a volume, expected {kind}", where=path, hint=f"Give a file of kind {kind}.")
+    scan = read_dicom(path, data=data)
+    try:
+        return volume_of(scan, path=path, data=data)
+    except ValueError as error:
+        raise SourceError(f"cannot be read as a volume ({error})", where=path, hint="Leave it out.") from error
+
+
 def _open_folder(path: Path, data: DataConfig, kind: Kind | None) -> FrameSource:
     try:
         source = open_frame_folder(path, fps=data.folder_fps)
     except SourceError as error:
-        hint = "A folder of DICOM slices has to be converted to NIfTI first." if _is_dicom_dir(path) else error.hint
-        raise SourceError(f"is a folder, not a file, and {error.what}", where=path, hint=hint) from error
+        raise SourceError(f"is a folder, not a file, and {error.what}", where=path, hint=error.hint) from error
     if kind not in (None, "video"):
         raise SourceError(
             f"is a folder of frames, which is a video, expected {kind}", where=path, hint=f"Give a file of kind {kind}."
         )
     return source
-
-
-def _is_dicom_dir(folder: Path) -> bool:
-    return any(child.suffix.lower() in DICOM_SUFFIXES for child in folder.iterdir())

@@ -16,8 +16,9 @@ def assign_splits(manifest: Manifest, *, val_fraction: float, test_fraction: flo
     Groups stay whole. The unset groups (or, where all are set but none is val, the groups of train) are shuffled by
     `seed` and dealt out within each label (a group's most frequent one) by the largest remainders of
     train : val : test. Of a label with n groups the first goes to train, the second to val and the third to test
-    before the shares count; labels that a split lacks are named in `notes`. A fraction counts for nothing
-    where its split is already named. The result depends on the set of groups, not on the order of rows.
+    before the shares count; labels that a split lacks are named in `notes`. Unset groups without any label go to test.
+    A fraction counts for nothing where its split is already named. The result depends on the set of groups, not on the
+    order of rows.
 
     Raises DataError for fewer than two classes, for no training row, and for a training row without label.
     """
@@ -32,6 +33,10 @@ def assign_splits(manifest: Manifest, *, val_fraction: float, test_fraction: flo
     named = set(np.unique(splits).tolist())
     train, val, test = range(len(SPLITS))
     shares = np.array([0.0, 0.0 if val in named else val_fraction, 0.0 if test in named else test_fraction])
+    # What has no label can teach nothing, but can be predicted.
+    labeled = np.zeros(count, bool)
+    labeled[groups[manifest.labels >= 0]] = True
+    group_split[(group_split == UNSET) & ~labeled] = test
     free = UNSET if (group_split == UNSET).any() else train
     pool = np.flatnonzero(group_split == free)
     # A published table may have a group in two splits; such rows stay where they are.

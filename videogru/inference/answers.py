@@ -14,7 +14,7 @@ import numpy as np
 
 from videogru.config import DataConfig, Kind, resolve_config
 from videogru.data.frame_folder import is_frame_folder
-from videogru.data.frames import kind_of_name, media_files
+from videogru.data.frames import kind_of_source, media_files
 from videogru.data.views import Views
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.predict import Predictor
@@ -78,7 +78,8 @@ def write_records(records: list[dict[str, Any]], *, out: Path | None, form: str,
 def expand(asked: Sequence[str], kind: Kind, say: Say) -> list[tuple[str, str | None]]:
     """Files, folders (searched for files of the model's kind) and globs as (path, None), each once, in order.
 
-    To a video model, a folder of numbered images is one input, whether it is named or found in another.
+    To a video model, a folder of numbered images is one input, whether it is named or found in another; to a volume
+    model, a folder of DICOM files is.
 
     What holds no such file stays as (text, problem): it gets its row, and the others are done.
     """
@@ -108,11 +109,11 @@ def _inside(folder: Path, kind: Kind) -> tuple[list[Path], list[Path]]:
     """The sources in a folder, and those of them that are of this kind. Raises DataError where it cannot be listed."""
     if kind != "video":
         inside = media_files(folder)
-        return inside, [path for path in inside if kind_of_name(path.name) == kind]
+        return inside, [path for path in inside if kind_of_source(path) == kind]
     if is_frame_folder(folder):
         return [folder], [folder]
     inside = media_files(folder, frame_folders=True)
-    return inside, [path for path in inside if kind_of_name(path.name) in (kind, None)]
+    return inside, [path for path in inside if kind_of_source(path) == kind]
 
 
 def _matches(text: str) -> list[str]:
@@ -140,12 +141,12 @@ def _first_kind(asked: Sequence[str]) -> Kind | None:
     for match in (match for text in asked for match in _matches(text)):
         try:
             paths = _inside(Path(match), "video")[0] if os.path.isdir(match) else [Path(match)]
-            if any(kind_of_name(path.name) is None and path.is_dir() for path in paths):
+            if any(path.is_dir() and kind_of_source(path) == "video" for path in paths):
                 # Numbered images may be meant as stills: who only has a model of those, means that.
                 return "video" if newest_model(RUNS, "video") else "image"
         except DataError:  # gets its row when the inputs are listed
             continue
-        kind = next((found for path in paths if (found := kind_of_name(path.name))), None)
+        kind = next((found for path in paths if (found := kind_of_source(path))), None)
         if kind is not None:
             return kind
     return None
@@ -162,7 +163,8 @@ def data_settings(card: ModelCard, settings: Mapping[str, Any]) -> DataConfig:
     for key, value in fixed.items():
         if key in settings and settings[key] != value:
             raise ConfigError(f"{key} = {settings[key]!r}, but the model was trained with {value}")
-    own = {f"data.{key}": value for key, value in card.data.model_dump(mode="json").items()}
+    # Which series was read for training says nothing about other folders.
+    own = {f"data.{key}": value for key, value in card.data.model_dump(mode="json").items() if key != "series"}
     return resolve_config(("model file", own), ("--set", settings)).data
 
 
