@@ -56,7 +56,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "causal": {"model.temporal": "causal"},
     "attention": {"model.pooling": "attention"},
 }
-QUICKER = {"train.lr": 3e-3, "model.input_dropout": 0.0, "model.dropout": 0.3}
+QUICKER = {
+    "model.encoder_width": 8,
+    "model.input_dropout": 0.0,
+    "model.dropout": 0.0,
+    "train.optimizer": "muon",
+    "train.muon_lr": 0.02,
+    "train.muon_recurrent": True,
+    "train.lr": 3e-3,
+}
 WIDTHS = ((1,), (3,), (5,), (1, 3), (1, 3, 5))
 RANDOM, ATTENTION, PREFIXES = "random", "attention weights", "prefixes"
 
@@ -161,7 +169,7 @@ def marked_corpus(corpus: Corpus, *, seed: int, volumes: int = 0) -> tuple[Corpu
         volume = arrays[row, :, 0].astype(np.float32)
         if marked[row]:
             marks.first[row], marks.count[row], marks.middle[row] = plant(volume, generator)
-        volume += generator.normal(0, 20, volume.shape)
+        volume += generator.normal(0, 12, volume.shape)
         arrays[row, :, 0] = volume.round().clip(0, 255).astype(np.uint8)
     sources = [str(corpus.manifest.sources[row]) for row in rows]
     manifest = build_manifest(corpus.manifest.root, CLASSES, sources, marked.astype(np.int64), splits)
@@ -179,7 +187,7 @@ def plant(volume: NDArray[np.float32], generator: np.random.Generator) -> tuple[
         away = (ys - y) ** 2 + (xs - x) ** 2
         if volume[first : first + count, away < 3**2].max() == 0:
             break
-    blob = np.exp(-away / (2 * generator.uniform(1.0, 1.6) ** 2)) * generator.uniform(110, 200)
+    blob = np.exp(-away / (2 * generator.uniform(1.2, 1.8) ** 2)) * generator.uniform(120, 230)
     for step in range(first, first + count):
         volume[step] += blob * generator.uniform(0.8, 1.2)
     return first, count, (y, x)
