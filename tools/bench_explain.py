@@ -3,9 +3,10 @@
     python tools/bench_explain.py RUNS --out docs/volume/explain [--epochs N] [--seed S] [--volumes N]
 
 Half of the volumes, drawn by the seed, get a smooth bright blob of a few voxels in one to three adjacent slices, at a
-random place beside the gland, its brightness jittered from volume to volume and slice to slice; all get noise. Labels
-say whether a volume is marked; the splits are the official ones. Three models are trained in RUNS (a run that is there
-is gone on with): bi (bidirectional, mean), causal (mean), and attention (bidirectional, model.pooling=attention).
+random place, its brightness jittered from volume to volume and slice to slice; in all, glands are dimmed and there is
+noise. Labels say whether a volume is marked; the splits are the official ones. Three models are trained in RUNS (a run
+that is there is gone on with): bi (bidirectional, mean), causal (mean), and attention (bidirectional,
+model.pooling=attention), all smaller than the recipe's, without augmentation and dropout.
 
 On the marked test volumes that a model calls marked, for each order of slices:
 
@@ -50,14 +51,22 @@ from videogru.training.state import STATE_FILE
 
 CLASSES = ("plain", "marked")
 RESAMPLES = 1000
+TISSUE = 0.35  # of the full range: how bright the masks of glands are, below most marks
 RANDOM_ORDERS = 5
 MODELS: dict[str, dict[str, Any]] = {
     "bi": {},
     "causal": {"model.temporal": "causal"},
     "attention": {"model.pooling": "attention"},
 }
-QUICKER = {"train.lr": 3e-3, "model.input_dropout": 0.0, "model.dropout": 0.3}
-WIDTHS = ((1,), (3,), (5,), (1, 3), (1, 3, 5))
+QUICKER = {
+    "model.encoder_width": 8,
+    "model.input_dropout": 0.0,
+    "model.dropout": 0.0,
+    "train.lr": 2e-3,
+    "train.batch_size": 16,
+    "train.precision": "fp32",
+}
+WIDTHS = ((1,), (3,), (5,), (1, 3))
 RANDOM, ATTENTION, PREFIXES = "random", "attention weights", "prefixes"
 
 
@@ -158,10 +167,10 @@ def marked_corpus(corpus: Corpus, *, seed: int, volumes: int = 0) -> tuple[Corpu
     arrays = corpus.arrays[rows].copy()
     marks = Marks(np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros((count, 2)))
     for row in range(count):
-        volume = arrays[row, :, 0].astype(np.float32)
+        volume = arrays[row, :, 0].astype(np.float32) * TISSUE
         if marked[row]:
             marks.first[row], marks.count[row], marks.middle[row] = plant(volume, generator)
-        volume += generator.normal(0, 20, volume.shape)
+        volume += generator.normal(0, 8, volume.shape)
         arrays[row, :, 0] = volume.round().clip(0, 255).astype(np.uint8)
     sources = [str(corpus.manifest.sources[row]) for row in rows]
     manifest = build_manifest(corpus.manifest.root, CLASSES, sources, marked.astype(np.int64), splits)
@@ -169,17 +178,14 @@ def marked_corpus(corpus: Corpus, *, seed: int, volumes: int = 0) -> tuple[Corpu
 
 
 def plant(volume: NDArray[np.float32], generator: np.random.Generator) -> tuple[int, int, tuple[float, float]]:
-    """Add a blob to a volume (T H W) in place, beside what is bright: (first slice, how many, middle)."""
+    """Add a blob to a volume (T H W) in place: (first slice, how many, middle)."""
     T, H, W = volume.shape
     ys, xs = np.mgrid[:H, :W]
-    while True:
-        count = int(generator.integers(1, 4))
-        first = int(generator.integers(0, T - count + 1))
-        y, x = (float(generator.uniform(4, side - 5)) for side in (H, W))
-        away = (ys - y) ** 2 + (xs - x) ** 2
-        if volume[first : first + count, away < 3**2].max() == 0:
-            break
-    blob = np.exp(-away / (2 * generator.uniform(1.0, 1.6) ** 2)) * generator.uniform(110, 200)
+    count = int(generator.integers(1, 4))
+    first = int(generator.integers(0, T - count + 1))
+    y, x = (float(generator.uniform(4, side - 5)) for side in (H, W))
+    away = (ys - y) ** 2 + (xs - x) ** 2
+    blob = np.exp(-away / (2 * generator.uniform(1.5, 2.2) ** 2)) * generator.uniform(130, 230)
     for step in range(first, first + count):
         volume[step] += blob * generator.uniform(0.8, 1.2)
     return first, count, (y, x)
