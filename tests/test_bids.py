@@ -205,6 +205,12 @@ def test_real_scans_train_and_evaluate(tmp_path: Path, shared_data: Path, monkey
     assert "labels are the column diagnosis" in done.err
     assert (tmp_path / "run" / "evaluation-test.json").is_file()
     assert videogru("eval", "run").code == 0
+    # Other data need not be in BIDS.
+    files = [f"b/sub-{person:02d}/anat/*T1w*" for person in (1, 2)]
+    found = [next(tmp_path.glob(pattern)).relative_to(tmp_path) for pattern in files]
+    (tmp_path / "t.csv").write_text(f"source,label\n{found[0]},other\n{found[1]},one\n")
+    done = videogru("eval", "run", "--dataset", "t.csv", "--out", "scores")
+    assert done.code == 0, done.err
     done = videogru("train", "--dataset", root, "--suffix", "bold", *QUICK)
     assert done.code == 2 and "T1w (12)" in done.err
     done = videogru("train", "--dataset", root, "--label", "dx", *QUICK)

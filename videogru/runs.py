@@ -24,6 +24,7 @@ from videogru.config import (
     read_settings_file,
     resolve_config,
 )
+from videogru.data.bids import is_bids
 from videogru.data.cache import check_cache
 from videogru.data.card import load_card
 from videogru.data.dataset import ClipDataset
@@ -345,6 +346,8 @@ def _opened(path: Path, *, dataset: str | None, data_dir: Path | None) -> tuple[
     update: dict[str, object] = {}
     if dataset is not None:
         update = {"dataset": dataset, "data_dir": None}
+        if not is_bids(Path(dataset)):
+            update |= {"suffix": None, "label_column": None}
     if data_dir is not None:
         update["data_dir"] = data_dir
     settings = settings.model_copy(update={"data": settings.data.model_copy(update=update)})

@@ -93,10 +93,17 @@ def numbered_images(names: Iterable[str]) -> NumberedImages:
     return NumberedImages(tuple(found[number] for number in numbers.tolist()), numbers)
 
 
-def media_files(folder: Path, ignored: Counter[str] | None = None, *, frame_folders: bool = False) -> list[Path]:
+def media_files(
+    folder: Path,
+    ignored: Counter[str] | None = None,
+    *,
+    frame_folders: bool = False,
+    series: set[Path] | None = None,
+) -> list[Path]:
     """Files of any known kind below a folder, sorted; nothing hidden, and of a header and image pair only the header.
 
-    A folder (also `folder` itself) in which DICOM files lie stands for them: it is a volume, or holds several.
+    A folder (also `folder` itself) in which DICOM files lie stands for them: it is a volume, or holds several; such
+    folders are added to `series`.
     ignored: counts the suffixes of the other files; frame_folders: a folder below (not `folder` itself) that holds
     numbered images, and no media in folders of its own, stands for them: it is a video. Raises DataError where a folder
     cannot be listed.
@@ -110,10 +117,12 @@ def media_files(folder: Path, ignored: Counter[str] | None = None, *, frame_fold
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         present = set(names)
         inside: list[Path] = []
-        if series := holds_dicom(Path(parent), names):
+        if dicom := holds_dicom(Path(parent), names):
             inside.append(Path(parent))
+            if series is not None:
+                series.add(Path(parent))
         for name in sorted(names):
-            if series and (is_dicom_name(name) or may_be_dicom_name(name)):
+            if dicom and (is_dicom_name(name) or may_be_dicom_name(name)):
                 continue
             if name.startswith(".") or (".img" in name and name.replace(".img", ".hdr") in present):
                 continue

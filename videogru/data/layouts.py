@@ -1,7 +1,7 @@
 """Opens a data set, however its files lie: a card, a folder with a subfolder per class, a BIDS folder, a manifest."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -81,7 +81,10 @@ def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True, e
     folder = path.is_dir() and name not in card_names()
     bids = folder and is_bids(path)
     if not bids and (data.suffix is not None or data.label_column is not None):
-        raise ConfigError(f"--suffix and --label go with a BIDS folder, and {name} has no participants.tsv")
+        raise ConfigError(
+            f"--suffix and --label go with a BIDS folder, and {name} has no participants.tsv",
+            hint="Leave them out; where a settings file has them: --set data.suffix=null --set data.label_column=null",
+        )
     if folder and data.data_dir is not None:
         raise ConfigError(f"--data-dir goes with a card or a manifest, but {name} is a folder")
     if bids:
@@ -144,12 +147,13 @@ def _first_folder_there(manifest: Manifest, rows: list[int], absent: NDArray[np.
     return [row for row in islice(there, _LOOKED_THROUGH) if kind_of_name(manifest.sources[row]) is None][:1]
 
 
-def _one_kind(names: Iterable[str], where: Path) -> Kind:
+def _one_kind(names: Iterable[str], where: Path, look: Callable[[Path], Kind | None] = kind_of_source) -> Kind:
+    """The kind of all; look: of those whose name does not say it."""
     examples: dict[Kind, str] = {}
     unseen: list[str] = []
     for name in names:
         path = where / name
-        kind = kind_of_name(name) or kind_of_source(path)
+        kind = kind_of_name(name) or look(path)
         if kind is not None:
             examples.setdefault(kind, name)
         elif path.suffix or path.exists():
@@ -198,13 +202,15 @@ def _open_class_folders(root: Path, data: DataConfig, empty_classes: bool) -> Co
         )
     found: list[tuple[Path, Path, str, int]] = []
     ignored: Counter[str] = Counter()
+    series: set[Path] = set()
     for split, parent, label in places:
         place = parent / label
-        found += [(path, place, label, split) for path in media_files(place, ignored, frame_folders=True)]
+        found += [
+            (path, place, label, split) for path in media_files(place, ignored, frame_folders=True, series=series)
+        ]
     if not found:
         raise DataError("no videos, volumes or images in its class folders", where=root)
     notes = [f"ignored {count} files with suffix {suffix or '(none)'}" for suffix, count in sorted(ignored.items())]
-    series = {path for path, *_ in found if kind_of_name(path.name) is None and kind_of_source(path) == "volume"}
     for path, place, *_ in found:
         if path == place and path in series:
             raise DataError(
@@ -223,7 +229,8 @@ def _open_class_folders(root: Path, data: DataConfig, empty_classes: bool) -> Co
     codes = {label: code for code, label in enumerate(classes)}
     labels = [codes[label] for _, label, _ in rows]
     splits = [split for *_, split in rows]
-    kind = _one_kind(sources, root)
+    # Not by looking into each of many folders a second time.
+    kind = _one_kind(sources, root, lambda path: "volume" if path in series else "video")
     if series:
         notes.append(f"{len(series)} folders of DICOM files are volumes; those below one folder are of one patient")
     present = set(labels)
