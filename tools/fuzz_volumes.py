@@ -222,7 +222,8 @@ def to_markdown(facts: dict[str, object], summary: dict[str, Any]) -> str:
         f"small scans, and {summary['hostile']} hostile ones. {outcomes.get('voxels', 0):,} gave voxels, "
         f"{matches.get('same', 0):,} of them those that nibabel reads; {outcomes.get('refused', 0):,} were refused "
         f"with a reason; {outcomes.get('died', 0)} hung or killed their process. "
-        f"Longest: {summary['most_seconds']:.1f} s; most memory above the process's own: {summary['most_peak_mib']:.0f} MiB. Wrong: {len(summary['wrong'])}.",
+        f"Longest: {summary['most_seconds']:.1f} s; most memory above the process's own: "
+        f"{summary['most_peak_mib']:.0f} MiB. Wrong: {len(summary['wrong'])}.",
         "",
     ]
     for name, counts in summary["by"].items():
