@@ -10,9 +10,14 @@ from typing import Any
 
 from videogru.checking.check import DUPLICATES, PROBLEMS, SHEET, Checked, check_corpus, header_of, open_for_check
 from videogru.checking.check_table import RECORDS, STATUSES, TABLE, Finding
+from videogru.checking.scan_sheet import write_frame_sheet, write_scan_sheet
 from videogru.checking.skipping import CHECKS
 from videogru.config import SPLITS, Config, parse_assignments, resolve_config
+from videogru.data.frames import kind_of_name
+from videogru.data.scan_facts import describe_scan, describe_steps, spacing_of
+from videogru.data.sources import open_source
 from videogru.data.video import check_decoder
+from videogru.data.volume import Volume, chosen_axis
 from videogru.errors import ConfigError
 from videogru.resources import card_names
 from videogru.runfolder import folder_stem
@@ -198,3 +203,31 @@ def _again(checked: Checked) -> str:
     data_set = checked.name
     own = [] if checked.folder.parent == CHECKS else ["--out", str(checked.folder)]
     return shlex.join(["videogru", "data", "check", data_set, *own])
+
+
+def is_source(name: str) -> bool:
+    """Whether `data info` was given one file to look at, and no data set."""
+    return kind_of_name(name) is not None and Path(name).is_file()
+
+
+def source_info(path: Path, assignments: list[str], out: Path | None) -> tuple[dict[str, object], Path | None]:
+    """What `videogru data info FILE` shows, and the picture it writes (None: an image is one itself).
+
+    out: default scan-info/<name>.png here. Raises SourceError where the file cannot be read.
+    """
+    kind = kind_of_name(path.name)
+    assert kind is not None
+    data = resolve_config(("--set", parse_assignments(assignments))).data.for_kind(kind)
+    sheet = out or Path("scan-info") / f"{path.name}.png"
+    # All planes come from one reading; the axis that a model would see is chosen from its spacing.
+    with open_source(path, data=data.model_copy(update={"axis": "axial"}), kind=kind) as source:
+        if isinstance(source, Volume):
+            write_scan_sheet(sheet, source, axis=chosen_axis(data.axis, spacing_of(source)))
+            return describe_scan(source, data=data), sheet
+        facts = describe_steps(source)
+        if kind == "image":
+            if out is not None:
+                raise ConfigError("--out is for scans and videos; an image is a picture itself", hint="Leave it out.")
+            return facts, None
+        write_frame_sheet(sheet, source)
+        return facts, sheet

@@ -365,16 +365,33 @@ def data_list() -> None:
     epilog="[bold]Examples[/bold]\n\n"
     "videogru data info grid_digits\n\n"
     "videogru data info clips/\n\n"
+    "videogru data info scan.nii.gz\n\n"
     "videogru data info cifar100 --data-dir ~/data/cifar100",
 )
 def data_info(
-    name_or_folder: Annotated[str, typer.Argument(help="Name of a data set, folder of classes, or manifest .csv.")],
+    name_or_folder: Annotated[
+        str, typer.Argument(help="Name of a data set, folder of classes, manifest .csv, or one scan, video or image.")
+    ],
     data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The picture of a single file; default: scan-info/<name>.png here.", show_default=False),
+    ] = None,
     set_: DataSetOption = None,
 ) -> None:
-    """Classes, counts per split, shapes, durations or spacing of a data set."""
-    from videogru import runs
+    """Classes, counts per split, shapes, durations or spacing of a data set; or what one scan, video or image is."""
+    from videogru import checks, runs
 
+    if checks.is_source(name_or_folder):
+        if data_dir is not None:
+            raise ConfigError("--data-dir is for data sets, not for a single file", hint="Leave it out.")
+        facts, sheet = checks.source_info(Path(name_or_folder), set_ or [], out)
+        show_facts(facts)
+        if sheet is not None:
+            print(f"picture: {sheet}")
+        return
+    if out is not None:
+        raise ConfigError("--out is for the picture of a single file", hint="Leave it out, or name a scan or video.")
     facts = runs.describe(name_or_folder, data_dir, set_ or [])
     show_facts(facts)
 

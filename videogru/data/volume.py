@@ -215,7 +215,7 @@ def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, int
             first, last = mean * slope + intercept - reach, mean * slope + intercept + reach
         else:
             wanted = data.percentile_low, data.percentile_high
-            found = finite_percentiles(_grid(volume), *wanted, slope=slope, intercept=intercept)
+            found = finite_percentiles(voxel_grid(volume), *wanted, slope=slope, intercept=intercept)
             first, last = found or np.percentile(_some_finite(volume) * slope + intercept, wanted)
         if first == last:
             low, high = _finite_range(volume)
@@ -226,7 +226,7 @@ def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, int
     return float(first), float(last)
 
 
-def _grid(volume: NDArray[Any]) -> NDArray[Any]:
+def voxel_grid(volume: NDArray[Any]) -> NDArray[Any]:
     """Every s-th voxel along each axis, at most some two million."""
     stride = ceil((volume.size / MAX_PERCENTILE_VOXELS) ** (1 / max(volume.ndim, 1)))
     return volume[(slice(None, None, stride),) * volume.ndim]
