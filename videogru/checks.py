@@ -13,7 +13,9 @@ from videogru.checking.check_table import RECORDS, STATUSES, TABLE, Finding
 from videogru.checking.scan_sheet import write_frame_sheet, write_scan_sheet
 from videogru.checking.skipping import CHECKS
 from videogru.config import SPLITS, Config, parse_assignments, resolve_config
-from videogru.data.frames import kind_of_name
+from videogru.data.dicom_files import holds_dicom
+from videogru.data.frame_folder import is_frame_folder
+from videogru.data.frames import kind_of_name, kind_of_source
 from videogru.data.scan_facts import describe_scan, describe_steps, spacing_of
 from videogru.data.sources import open_source
 from videogru.data.video import check_decoder
@@ -206,8 +208,14 @@ def _again(checked: Checked) -> str:
 
 
 def is_source(name: str) -> bool:
-    """Whether `data info` was given one file to look at, and no data set."""
-    return kind_of_name(name) is not None and Path(name).is_file()
+    """Whether `data info` was given one source to look at, and no data set; it need not be there.
+
+    One source is a file of a known kind, a folder of DICOM slices, or one of numbered images.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return holds_dicom(path) or is_frame_folder(path)
+    return (kind_of_source(path) if path.is_file() else kind_of_name(name)) is not None
 
 
 def source_info(path: Path, assignments: list[str], out: Path | None) -> tuple[dict[str, object], Path | None]:
@@ -215,10 +223,9 @@ def source_info(path: Path, assignments: list[str], out: Path | None) -> tuple[d
 
     out: default scan-info/<name>.png here. Raises SourceError where the file cannot be read.
     """
-    kind = kind_of_name(path.name)
-    assert kind is not None
+    kind = kind_of_source(path) or "video"  # a file that is not there; its reader says so
     data = resolve_config(("--set", parse_assignments(assignments))).data.for_kind(kind)
-    sheet = out or Path("scan-info") / f"{path.name}.png"
+    sheet = out or Path("scan-info") / f"{path.resolve().name}.png"
     # All planes come from one reading; the axis that a model would see is chosen from its spacing.
     with open_source(path, data=data.model_copy(update={"axis": "axial"}), kind=kind) as source:
         if isinstance(source, Volume):
