@@ -116,7 +116,7 @@ def _strongest(plain: Any, over: Any, explanation: Explanation, picture: NDArray
     if cam is None:
         told = "no map: the encoder's\nis a single cell"
     elif not cam.max() > 0:
-        told = "no place in it speaks\nfor the class"
+        told = "Grad-CAM is empty:\nno cell is above 0"
     else:
         told = "where in it (Grad-CAM)"
         over.imshow(
