@@ -10,6 +10,7 @@ from videogru.shapes import ClipFrames, MadeFrames
 
 # Rec. 601, as Pillow's convert("L").
 _LUMA = (0.299, 0.587, 0.114)
+_BLOCK = 4  # slices that are resized at a time
 
 
 def prepare_clip(
@@ -72,5 +73,11 @@ def fit_frames(frames: ClipFrames, *, size: int, fit: str, pixel_aspect: float =
 def _resize(frames: ClipFrames, rows: int, cols: int) -> MadeFrames:
     if frames.shape[-2:] == (rows, cols):
         return frames
-    resized = F.interpolate(frames, size=(rows, cols), mode="bilinear", antialias=True, align_corners=False)
-    return resized if frames.dtype == torch.uint8 else resized.clamp_(0.0, 1.0)
+    if frames.dtype == torch.uint8:
+        return F.interpolate(frames, size=(rows, cols), mode="bilinear", antialias=True, align_corners=False)
+    # A few at a time: what lies between the passes along rows and columns is as large as the clip.
+    resized = frames.new_empty((*frames.shape[:2], rows, cols))
+    for some, out in zip(frames.split(_BLOCK), resized.split(_BLOCK), strict=True):
+        made = F.interpolate(some, size=(rows, cols), mode="bilinear", antialias=True, align_corners=False)
+        torch.clamp(made, 0.0, 1.0, out=out)
+    return resized
