@@ -134,3 +134,18 @@ def test_from_training_to_answers(place: Path, tmp_path: Path, monkeypatch: pyte
     assert "12" in done.out and done.code in (0, 3), done.err
     table = (tmp_path / "checks" / "scans" / "check.csv").read_text()
     assert table.count(",ok,") == 12
+
+
+def test_data_info_shows_a_series(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = place / "scans/a/p0/s1"
+    done = videogru("data", "info", str(folder))
+    assert done.code == 0, done.err
+    assert "slices          6" in done.out and "step mm         3" in done.out
+    assert (tmp_path / "scan-info/s1.png").stat().st_size > 1000
+    alone = videogru("data", "info", str(next(folder.iterdir())))
+    assert alone.code == 0 and "slices          1" in alone.out
+    # A folder of classes is a data set, as before.
+    assert "classes" in videogru("data", "info", str(place / "scans")).out
+    gone = videogru("data", "info", "nowhere.nii.gz")
+    assert gone.code == 2 and "no such file" in gone.err
