@@ -148,4 +148,4 @@ def test_data_info_shows_a_series(place: Path, tmp_path: Path, monkeypatch: pyte
     # A folder of classes is a data set, as before.
     assert "classes" in videogru("data", "info", str(place / "scans")).out
     gone = videogru("data", "info", "nowhere.nii.gz")
-    assert gone.code == 2 and "no such file" in gone.err
+    assert gone.code == 3 and "no such file" in gone.err
