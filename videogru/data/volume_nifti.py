@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 from collections.abc import Iterator
 from itertools import product
 from math import prod
@@ -46,7 +47,10 @@ def read_nifti(path: Path, *, data: DataConfig) -> Scan:
     `data.max_memory_gib` allows, is cut off, or has no such volume; nibabel, gzip and zlib raise errors of their own.
     """
     _check_extensions(path)
-    image: Any = nib.load(path)
+    with warnings.catch_warnings():
+        # nibabel leaves the closing of an MGH file to the garbage collector, which closes it right here.
+        warnings.simplefilter("ignore", ResourceWarning)
+        image: Any = nib.load(path)
     if not isinstance(image, _IMAGES):
         raise SourceError(
             f"holds no scan but a {type(image).__name__}", where=path, hint="Give a 3-D NIfTI, MGH or Analyze volume."
