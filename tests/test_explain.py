@@ -9,7 +9,7 @@ from torch import nn
 
 from videogru.config import ModelConfig
 from videogru.inference import explain as module
-from videogru.inference.explain import Variants, adds_up, class_map, explain, occlusion_map, windows
+from videogru.inference.explain import PATCHES, Variants, adds_up, class_map, covering_map, explain, windows
 from videogru.models.classifier import Classifier
 from videogru.sequence import FrameSequence
 
@@ -180,21 +180,31 @@ def test_the_map_is_that_of_the_gradients() -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
-def test_occlusion_is_what_the_logit_loses_with_a_cell_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, whole = classifier(), clip(3)
-    variants = Variants(model, whole)
-    h, w = variants.maps.shape[-2:]
-    wanted = np.zeros((h, w))
-    for y, x in itertools.product(range(h), range(w)):
-        changed = variants.maps.clone()
-        changed[1, :, y, x] = variants.maps[1].mean((1, 2))
-        with torch.no_grad():
-            logits = [model.from_maps(maps[None], torch.tensor([3]))[0, 0] for maps in (variants.maps, changed)]
-        wanted[y, x] = max(0.0, float(logits[0] - logits[1]))
+@pytest.mark.parametrize("settings", [{}, {"frame_differences": "past"}, {"frame_differences": "both"}])
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_a_covered_square_is_covered_in_the_input(settings: dict, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against whole clips with the square painted over, pixel by pixel."""
+    model, whole = classifier(**settings), clip(5)
+    side, lengths = whole.frames.shape[-1], torch.tensor([5])
+    wanted = np.zeros((PATCHES, PATCHES))
+    fill = float(whole.frames[step].flatten().median())
+    with torch.no_grad():
+        logit = model(whole.frames[None], lengths)[0, 1]
+        for y, x in itertools.product(range(PATCHES), repeat=2):
+            painted = whole.frames.clone()
+            for row, column in itertools.product(range(side), repeat=2):
+                inside = [
+                    (k - 0.5) * side / PATCHES <= p + 0.5 < (k + 1.5) * side / PATCHES
+                    for k, p in ((y, row), (x, column))
+                ]
+                if all(inside):
+                    painted[step, 0, row, column] = fill
+            wanted[y, x] = max(0.0, float(logit - model(painted[None], lengths)[0, 1]))
     assert wanted.max() > 0
-    np.testing.assert_allclose(occlusion_map(variants, 0, 1), wanted, atol=1e-6)
+    found = covering_map(Variants(model, whole), 1, step)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
     monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", 1)
-    np.testing.assert_allclose(occlusion_map(variants, 0, 1), wanted, atol=1e-6)
+    np.testing.assert_allclose(covering_map(Variants(model, whole), 1, step), found, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -203,22 +213,20 @@ def test_occlusion_is_what_the_logit_loses_with_a_cell_replaced(monkeypatch: pyt
 def test_every_encoder_has_a_map(encoder: str) -> None:
     model = classifier(encoder=encoder, frame_size=32)
     told = explain(model, clip(3, frame_size=32))
-    h, w = model.encoder.map_size(1, 32)
-    if h * w == 1:
-        assert told.cam is None
-    else:
-        assert told.cam is not None
-        assert told.cam.shape == (h, w)
-        assert np.isfinite(told.cam).all() and told.cam.min() >= 0
+    assert told.where.shape == (PATCHES, PATCHES)
+    assert np.isfinite(told.where).all() and told.where.min() >= 0
 
 
-def test_a_map_of_one_cell_is_none() -> None:
+def test_frames_smaller_than_the_squares() -> None:
+    told = explain(classifier(encoder="pixels", frame_size=5), clip(3, frame_size=5))
+    assert told.where.shape == (PATCHES, PATCHES)
+
+
+def test_a_map_of_one_cell_has_no_gradients_map() -> None:
     model = classifier(encoder="resnet18", stem="imagenet", frame_size=32)
     assert model.encoder.map_size(1, 32) == (1, 1)
-    told = explain(model, clip(3, frame_size=32))
-    assert told.cam is None
-    assert len(told.contributions) == 3
-    assert occlusion_map(Variants(model, clip(3, frame_size=32)), 0, 0) is None
+    assert class_map(Variants(model, clip(3, frame_size=32)), 0, 0) is None
+    assert len(explain(model, clip(3, frame_size=32)).contributions) == 3
 
 
 def test_top_steps_speak_for_the_class() -> None:

@@ -39,7 +39,7 @@ from videogru.data.layouts import Corpus, open_corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.watchdog import Watch
 from videogru.errors import DataError
-from videogru.inference.explain import Variants, class_map, explain, occlusion_map
+from videogru.inference.explain import PATCHES, Variants, class_map, covering_map, explain
 from videogru.inference.explain_picture import draw_explanation
 from videogru.inference.metrics import interval, resample_counts
 from videogru.inference.predict import Predictor
@@ -293,21 +293,28 @@ def score(variants: Variants, order: NDArray[np.int64], slices: range) -> tuple[
 def judge_maps(
     classifier: Classifier, clips: Sequence[FrameSequence], truth: Sequence[range], middles: NDArray[np.float64]
 ) -> dict[str, Any]:
-    """How often a map's largest cell holds the middle of the mark, over strongest slices that are marked ones."""
-    hits: dict[str, list[float]] = {"Grad-CAM": [], "occlusion": []}
-    cells = 0
+    """How often the largest cell of a map points at the middle of the mark, over strongest slices that are marked ones.
+
+    A cell of Grad-CAM has to hold it; a square that was covered, two cells of its map wide, too.
+    """
+    hits: dict[str, list[float]] = {"covered squares": [], "Grad-CAM": []}
+    chance: dict[str, float] = {"covered squares": (2 / PATCHES) ** 2}
     for clip, slices, middle in zip(clips, truth, middles, strict=True):
         strongest = explain(classifier, clip, code=1).strongest
         if strongest not in slices:
             continue
         variants = Variants(classifier, clip)
-        for kind, draw in (("Grad-CAM", class_map), ("occlusion", occlusion_map)):
-            cam = draw(variants, 1, strongest)
-            assert cam is not None
-            cells = cam.size
-            y, x = (int(place * side / clip.frames.shape[-1]) for place, side in zip(middle, cam.shape, strict=True))
-            hits[kind].append(float(cam.max() > 0 and cam[y, x] == cam.max()))
-    return {"cells": cells, **{kind: spread(np.array(values)) for kind, values in hits.items()}}
+        side = clip.frames.shape[-1]
+        cam = class_map(variants, 1, strongest)
+        assert cam is not None
+        chance["Grad-CAM"] = 1 / cam.size
+        y, x = (int(place * cells / side) for place, cells in zip(middle, cam.shape, strict=True))
+        hits["Grad-CAM"].append(float(cam.max() > 0 and cam[y, x] == cam.max()))
+        lost = covering_map(variants, 1, strongest)
+        center = (np.array(np.unravel_index(int(lost.argmax()), lost.shape)) + 0.5) * side / PATCHES
+        near = np.abs(center - middle) <= side / PATCHES
+        hits["covered squares"].append(float(lost.max() > 0 and near.all()))
+    return {"chance": chance, **{kind: spread(np.array(values)) for kind, values in hits.items()}}
 
 
 def spread(values: NDArray[np.float64]) -> list[float] | None:
@@ -368,8 +375,9 @@ def markdown(content: Mapping[str, Any], stem: str) -> str:
         maps = content["maps"][name]
         lines += [
             "",
-            f"Largest of {maps['cells']} cells at the mark, where the strongest slice is a marked one: "
-            f"Grad-CAM {shown(maps['Grad-CAM'])}, occlusion of a cell {shown(maps['occlusion'])}.",
+            "The map points at the mark, where the strongest slice is a marked one: "
+            + ", ".join(f"{kind} {shown(maps[kind])} (by chance {p:.3f})" for kind, p in maps["chance"].items())
+            + ".",
             "",
         ]
     return "\n".join(lines)

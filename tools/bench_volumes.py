@@ -51,7 +51,8 @@ def ours(path: Path) -> Contender:
 
     def clip() -> Any:
         with open_source(path, data=data, kind="volume") as source:
-            return prepare_clip(read_clip(source, data=data), data=data, pixel_aspect=source.pixel_aspect).frames
+            chosen = read_clip(source, data=data)
+        return prepare_clip(chosen, data=data, pixel_aspect=source.pixel_aspect).frames
 
     return clip
 
@@ -70,7 +71,8 @@ def from_cache(path: Path, folder: Path, *, first: bool = False) -> Contender:
         with (VolumeCache(data) if first else kept).open(path) as source:
             if source.details.get("access") != "cached as raw":
                 raise DataError("the scan was not cached", where=path)
-            return prepare_clip(read_clip(source, data=data), data=data, pixel_aspect=source.pixel_aspect).frames
+            chosen = read_clip(source, data=data)
+        return prepare_clip(chosen, data=data, pixel_aspect=source.pixel_aspect).frames
 
     return clip
 

@@ -105,6 +105,8 @@ class ClipDataset(Dataset[Loaded]):
             clips = [read_clip(source, data=self.data, draws=draws, window=window)]
         else:
             clips = read_clips(source, data=self.data, num_clips=self.views[0], window=window)
+        if source.kind == "volume":
+            source.close()  # resizing its slices needs room, too
         return [
             prepare_clip(clip, data=self.data, pixel_aspect=source.pixel_aspect, place=place)
             for clip in clips
@@ -112,9 +114,11 @@ class ClipDataset(Dataset[Loaded]):
         ]
 
     def _shared(self, row: int, opened: ExitStack) -> FrameSource:
-        """The source of a row; neighbors in a batch that are windows of one file share it."""
+        """The source of a row; neighbors in a batch that are windows of one video share it."""
         if self.corpus.arrays is not None:
             return self._open(row)
+        if self.corpus.kind == "volume":
+            return opened.enter_context(self._open(row))
         path = self.corpus.manifest.path(row)
         if self._last is None or self._last.path != path:
             opened.close()

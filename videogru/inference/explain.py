@@ -25,6 +25,7 @@ from videogru.sequence import FrameSequence, Unit
 Method = Literal["prefixes", "left out"]
 
 WIDTHS = (1, 3)
+PATCHES = 8  # along each side of a frame, for the map over the strongest step
 MOST_WINDOWS = 256  # of each width: longer clips are left out in blocks
 _NUMBERS_AT_ONCE = 2**24  # of maps or states held for a batch of variants: 64 MiB in float32
 
@@ -34,8 +35,8 @@ class Explanation:
     """What each of T steps said for class `code`.
 
     logits: of all K classes; contributions: (T,) parts of the class's logit; baseline: what it is without a step, only
-    where baseline and contributions add up to it; cam: (h w), 0 or more, where in step `strongest` the class stands,
-    None where the encoder's map is a single cell.
+    where baseline and contributions add up to it; where: (P P), 0 or more, what the logit loses where a square of step
+    `strongest` is covered.
     """
 
     code: int
@@ -45,7 +46,7 @@ class Explanation:
     contributions: Float64[np.ndarray, " T"]
     baseline: float | None
     method: Method
-    cam: Float32[np.ndarray, "h w"] | None
+    where: Float32[np.ndarray, "P P"]
 
     @property
     def strongest(self) -> int:
@@ -68,12 +69,12 @@ class Variants:
         self.classifier = classifier
         self._mode = classifier.config.frame_differences
         device = next(classifier.parameters()).device
-        self._frames, self._positions = clip.frames.to(device), clip.positions
+        self.frames, self._positions = clip.frames.to(device), clip.positions
         with torch.no_grad():
-            self.maps = classifier.maps(self._frames[None], torch.tensor([len(clip)], device=device))[0]
+            self.maps = classifier.maps(self.frames[None], torch.tensor([len(clip)], device=device))[0]
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return len(self.frames)
 
     @torch.no_grad()
     def logits(self, kept: Sequence[Sequence[int]]) -> Float64[np.ndarray, "V K"]:
@@ -135,9 +136,9 @@ class Variants:
         encoded: list[Tensor] = []
         for start in range(0, len(joints), 32):
             some = joints[start : start + 32]
-            frames = self._frames.new_zeros(len(some), 3, *self._frames.shape[1:])
+            frames = self.frames.new_zeros(len(some), 3, *self.frames.shape[1:])
             for row, (_, *around) in enumerate(some):
-                frames[row, : len(around)] = self._frames[around]
+                frames[row, : len(around)] = self.frames[around]
             lengths = torch.tensor([len(joint) - 1 for joint in some], device=frames.device)
             maps = self.classifier.maps(frames, lengths)
             encoded += [maps[row, joint[0]] for row, joint in enumerate(some)]
@@ -183,7 +184,7 @@ def explain(
         contributions=contributions,
         baseline=baseline,
         method=method,
-        cam=class_map(variants, chosen, strongest),
+        where=covering_map(variants, chosen, strongest),
     )
 
 
@@ -248,30 +249,44 @@ def class_map(variants: Variants, code: int, step: int) -> Float32[np.ndarray, "
     return (weights * one.detach()).sum(0).relu().float().cpu().numpy()
 
 
-def occlusion_map(variants: Variants, code: int, step: int) -> Float32[np.ndarray, "h w"] | None:
-    """What the class's logit loses where one cell of a step's map is replaced by the mean of the map, at least 0.
+def covering_map(variants: Variants, code: int, step: int) -> Float32[np.ndarray, "P P"]:
+    """What a class's logit loses where a square of one step's frame is covered, at least 0; P = PATCHES.
 
-    None where the map is a single cell.
+    Zeiler and Fergus 2014 (arXiv:1311.2901, section 4.2). Squares lie around the centers of P x P cells, two cells
+    wide, and are filled with the frame's median, which on a dark ground leaves nothing that could be taken for
+    something. Where the model reads differences of frames, its neighbors are encoded again, too.
     """
-    maps = variants.maps
-    h, w = maps.shape[-2:]
-    if h * w == 1:
-        return None
-    lost = np.zeros(h * w, np.float32)
-    device, mean = maps.device, maps[step].mean((-2, -1))
-    gaps = variants.gaps(range(len(maps))).to(device)[None]
-    size = max(1, _NUMBERS_AT_ONCE // maps.numel())
+    classifier, maps, frames = variants.classifier, variants.maps, variants.frames
+    steps, (height, width) = len(variants), frames.shape[-2:]
+    reach = 0 if classifier.config.frame_differences == "none" else 1
+    first, last = max(0, step - reach), min(steps, step + reach + 1)  # whose maps change
+    start, stop = max(0, first - reach), min(steps, last + reach)  # what these are made of
+    own = frames[step]
+    fill = own.flatten(1).median(dim=1).values[:, None, None]
+    lengths, gaps = torch.tensor([steps], device=maps.device), variants.gaps(range(steps)).to(maps.device)[None]
+    size = max(1, min(32, _NUMBERS_AT_ONCE // maps.numel()))
+    lost = np.zeros(PATCHES * PATCHES, np.float32)
     with torch.no_grad():
-        whole = variants.classifier.from_maps(maps[None], torch.tensor([len(maps)], device=device), gaps)[0, code]
-        for start in range(0, h * w, size):
-            cells = range(start, min(start + size, h * w))
-            changed = maps.repeat(len(cells), 1, 1, 1, 1)
-            for row, cell in enumerate(cells):
-                changed[row, step, :, cell // w, cell % w] = mean
-            lengths = torch.full((len(cells),), len(maps), device=device)
-            logits = variants.classifier.from_maps(changed, lengths, gaps.expand(len(cells), -1))[:, code]
-            lost[start : start + len(cells)] = (whole - logits).float().cpu().numpy()
-    return lost.reshape(h, w).clip(min=0)
+        whole = classifier.from_maps(maps[None], lengths, gaps)[0, code]
+        for begin in range(0, len(lost), size):
+            patches = range(begin, min(begin + size, len(lost)))
+            covered = frames[start:stop].repeat(len(patches), 1, 1, 1, 1)
+            for row, patch in enumerate(patches):
+                y, x = divmod(patch, PATCHES)
+                rows, columns = _square(y, height), _square(x, width)
+                covered[row, step - start, :, rows, columns] = fill
+            some = torch.full((len(patches),), stop - start, device=maps.device)
+            encoded = classifier.maps(covered, some)
+            changed = maps.repeat(len(patches), 1, 1, 1, 1)
+            changed[:, first:last] = encoded[:, first - start : last - start]
+            logits = classifier.from_maps(changed, lengths.expand(len(patches)), gaps.expand(len(patches), -1))
+            lost[begin : begin + len(patches)] = (whole - logits[:, code]).float().cpu().numpy()
+    return lost.reshape(PATCHES, PATCHES).clip(min=0)
+
+
+def _square(cell: int, side: int) -> slice:
+    """The pixels of a square two cells wide around the center of a cell."""
+    return slice(max(0, round((cell - 0.5) * side / PATCHES)), min(side, max(1, round((cell + 1.5) * side / PATCHES))))
 
 
 def _left_out(variants: Variants, whole: float, code: int, width: int) -> NDArray[np.float64]:

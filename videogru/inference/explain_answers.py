@@ -143,4 +143,5 @@ def _read(path: Path, *, data: DataConfig, kind: Kind) -> FrameSequence:
     cached = kind == "video" and data.cache != "none"
     opened = FrameCache(data).open(path) if cached else open_source(path, data=data, kind=kind)
     with opened as source:
-        return prepare_clip(read_clip(source, data=data), data=data, pixel_aspect=source.pixel_aspect)
+        clip = read_clip(source, data=data)
+    return prepare_clip(clip, data=data, pixel_aspect=source.pixel_aspect)

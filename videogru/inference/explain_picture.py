@@ -112,15 +112,13 @@ def _strongest(plain: Any, over: Any, explanation: Explanation, picture: NDArray
         axes.set_axis_off()
     position = explanation.positions[explanation.strongest]
     plain.set_title(f"strongest step, at {position:.4g}", loc="left", fontsize=9, color=_INK)
-    cam = explanation.cam
-    if cam is None:
-        told = "no map: the encoder's\nis a single cell"
-    elif not cam.max() > 0:
-        told = "Grad-CAM is empty:\nno cell is above 0"
+    where = explanation.where
+    if not where.max() > 0:
+        told = "no square that is covered\ncosts the class anything"
     else:
-        told = "where in it (Grad-CAM)"
+        told = f"covering a square costs up to {where.max():.2g}"
         over.imshow(
-            cam / cam.max(),
+            where / where.max(),
             extent=(0, width, height, 0),
             cmap="inferno",
             vmin=0,
