@@ -40,7 +40,8 @@ def voxels(path: Path) -> np.ndarray:
 def test_the_numbers_are_those_of_nibabel(shared_data: Path) -> None:
     read = 0
     for path in sorted((shared_data / "volumes").rglob("*")):
-        if kind_of_name(path.name) == "volume" and len(shape := nib.load(path).shape) == 3:
+        dicom = path.suffix == ".dcm"
+        if kind_of_name(path.name) == "volume" and not dicom and len(shape := nib.load(path).shape) == 3:
             expected = np.asarray(nib.load(path).dataobj.get_unscaled())
             found = voxels(path)
             assert found.dtype == expected.dtype and found.shape == shape, path
