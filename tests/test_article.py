@@ -10,12 +10,13 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
 
-from videogru.config import ModelConfig, resolve_config
+from videogru.config import ModelConfig
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.models.classifier import Classifier
 from videogru.models.recurrent import Recurrent
 from videogru.runs import settings_for_training
+from videogru.settings import resolve_config
 from videogru.training.fit import build_classifier, fit
 
 AS_PRINTED = {"temporal": "causal", "pooling": "last", "layer_norm": False, "input_dropout": 0.0, "dropout": 0.0}

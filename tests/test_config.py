@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from videogru.config import Config, DataConfig, known_keys, parse_assignments, read_settings_file, resolve_config
+from videogru.config import Config, DataConfig
 from videogru.errors import ConfigError
+from videogru.settings import known_keys, parse_assignments, read_settings_file, resolve_config
 
 
 def test_later_layers_win() -> None:

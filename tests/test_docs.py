@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from videogru.config import known_keys
+from videogru.settings import known_keys
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/article.md", "docs/video.md", "docs/training.md"])

@@ -13,10 +13,11 @@ import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 
-from videogru.config import Config, resolve_config
+from videogru.config import Config
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.errors import ConfigError, DataError, Interrupted
+from videogru.settings import resolve_config
 from videogru.training.callbacks import Scores
 from videogru.training.fit import fit, precision
 

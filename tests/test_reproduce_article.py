@@ -18,9 +18,9 @@ import article
 import reproduce_article
 
 from videogru import runs
-from videogru.config import parse_assignments
 from videogru.data.card import load_card
 from videogru.errors import ConfigError
+from videogru.settings import parse_assignments
 
 # Apple, mushroom, orange; baby, bear, bed.
 CODES = (0, 51, 53, 2, 3, 5)

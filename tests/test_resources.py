@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from videogru.config import resolve_config
 from videogru.errors import ConfigError
 from videogru.resources import card_names, data_root, recipe_path, resource_dir
+from videogru.settings import resolve_config
 
 
 def test_cards_and_recipes_are_found() -> None:

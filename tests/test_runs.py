@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from videogru import runfolder, runs
-from videogru.config import Config, resolve_config
+from videogru.config import Config
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.errors import ConfigError, DataError
+from videogru.settings import resolve_config
 
 
 def test_run_numbers_go_on_after_the_highest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

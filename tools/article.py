@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from videogru.config import Config, DataConfig, parse_assignments
+from videogru.config import Config, DataConfig
 from videogru.data.card import load_card
 from videogru.data.layouts import Corpus, open_corpus
 from videogru.errors import ConfigError, DataError
@@ -19,6 +19,7 @@ from videogru.inference.metrics import resample_counts
 from videogru.modelfile import MODEL_FILE_NAME
 from videogru.resources import data_root
 from videogru.runfolder import run_config
+from videogru.settings import parse_assignments
 
 CIFAR_FOLDER = "cifar-100-python"
 RESAMPLES = 2000

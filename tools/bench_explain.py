@@ -33,7 +33,7 @@ import torch
 from measuring import Parser, exit_code, machine, machine_sentence, progress, write_json, write_picture, write_text
 from numpy.typing import NDArray
 
-from videogru.config import Config, resolve_config
+from videogru.config import Config
 from videogru.data.dataset import ClipDataset
 from videogru.data.layouts import Corpus, open_corpus
 from videogru.data.manifest import build_manifest
@@ -46,6 +46,7 @@ from videogru.inference.predict import Predictor
 from videogru.models.classifier import Classifier
 from videogru.runs import settings_for_training
 from videogru.sequence import FrameSequence
+from videogru.settings import resolve_config
 from videogru.training.fit import fit
 from videogru.training.state import STATE_FILE
 

@@ -38,11 +38,12 @@ from measuring import (
 )
 from training_loops import Clock, Counts, LoadingAlone, Step, TorchvisionModule, make_task, plain_train, train
 
-from videogru.config import Config, read_settings_file, resolve_config
+from videogru.config import Config
 from videogru.data.datamodule import CorpusModule
 from videogru.data.layouts import Corpus, open_corpus
 from videogru.models.classifier import Classifier
 from videogru.resources import resource_dir
+from videogru.settings import read_settings_file, resolve_config
 from videogru.training.compiling import check_compiles
 from videogru.training.fit import build_classifier
 from videogru.training.memory import keep_freed_memory

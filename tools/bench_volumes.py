@@ -88,8 +88,10 @@ def by_monai(path: Path) -> Contender:
 
 def by_torchio(path: Path) -> Contender:
     """TorchIO's transforms with their defaults."""
-    import torchio
-
+    try:
+        import torchio
+    except ImportError as error:
+        raise DataError("TorchIO is not installed", hint="pip install torchio") from error
     turn, resize = torchio.ToCanonical(), torchio.Resize((SIDE, SIDE, SLICES))
     return lambda: resize(turn(torchio.ScalarImage(path))).data
 

@@ -20,8 +20,9 @@ from article import seeds_of
 from measuring import Parser, exit_code
 from training_jobs import Job, check_settings, run_jobs, train_command
 
-from videogru.config import Config, parse_assignments
+from videogru.config import Config
 from videogru.runs import settings_for_training
+from videogru.settings import parse_assignments
 
 VIDEOGRU = (sys.executable, "-m", "videogru")
 PEER = (sys.executable, str(Path(__file__).with_name("train_r3d.py")))

@@ -18,8 +18,9 @@ from article import NETS, cifar_folder, run_folder, seeds_of
 from measuring import Parser, exit_code
 from training_jobs import Job, check_settings, locked, run_jobs, train_command
 
-from videogru.config import Config, parse_assignments
+from videogru.config import Config
 from videogru.runs import settings_for_training
+from videogru.settings import parse_assignments
 
 # cpu: about 4 minutes for a ResNet and 8 with a recurrent part on 2 quiet cores; gpu: the recipe, 40 epochs.
 BUDGETS: dict[str, dict[str, str]] = {

@@ -12,7 +12,7 @@ from videogru.checking.check import DUPLICATES, PROBLEMS, SHEET, Checked, check_
 from videogru.checking.check_table import RECORDS, STATUSES, TABLE, Finding
 from videogru.checking.scan_sheet import write_frame_sheet, write_scan_sheet
 from videogru.checking.skipping import CHECKS
-from videogru.config import SPLITS, Config, parse_assignments, resolve_config
+from videogru.config import SPLITS, Config
 from videogru.data.dicom_files import holds_dicom
 from videogru.data.frame_folder import is_frame_folder
 from videogru.data.frames import kind_of_name, kind_of_source
@@ -24,6 +24,7 @@ from videogru.errors import ConfigError
 from videogru.resources import card_names
 from videogru.runfolder import folder_stem
 from videogru.runs import settings_for_training
+from videogru.settings import parse_assignments, resolve_config
 
 _SHOWN = 5  # findings of a kind
 Say = Callable[[str], None]

@@ -131,8 +131,8 @@ def train(
     Recipes (configs/NAME.yaml, of the data set or its kind) set other defaults than those shown.
     """
     from videogru import runs
-    from videogru.config import parse_assignments
     from videogru.runfolder import run_config
+    from videogru.settings import parse_assignments
 
     values = {
         "dataset": dataset,
@@ -292,10 +292,10 @@ def infer(
     set_: DataSetOption = None,
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
-    from videogru.config import parse_assignments
     from videogru.data.views import parse_views
     from videogru.inference import answers, explain_answers, timeline_answers
     from videogru.inference.timeline import MIN_CONFIDENCE
+    from videogru.settings import parse_assignments
 
     by_ending = {".csv": Format.csv, ".jsonl": Format.jsonl}
     chosen = format or (by_ending.get(out.suffix, Format.table) if out else Format.table)

@@ -4,11 +4,12 @@ import re
 import tempfile
 from pathlib import Path
 
-from videogru.config import Config, Split, read_settings_file, resolve_config
+from videogru.config import Config, Split
 from videogru.data.layouts import Corpus, open_corpus
 from videogru.errors import ConfigError, DataError, VideogruError
 from videogru.inference.predictions import atomic_text
 from videogru.modelfile import MODEL_FILE_NAME
+from videogru.settings import read_settings_file, resolve_config
 
 
 def new_run(name: str, out: Path | None) -> Path:

@@ -14,16 +14,7 @@ from typing import Any
 import numpy as np
 
 from videogru.checking.skipping import bad_rows
-from videogru.config import (
-    SPLITS,
-    Config,
-    DataConfig,
-    Kind,
-    Split,
-    parse_assignments,
-    read_settings_file,
-    resolve_config,
-)
+from videogru.config import SPLITS, Config, DataConfig, Kind, Split
 from videogru.data.bids import is_bids
 from videogru.data.cache import check_cache
 from videogru.data.card import load_card
@@ -41,6 +32,7 @@ from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
 from videogru.runfolder import begun_run, check_names, check_splits, note_on_training, remove_unfinished, run_config
+from videogru.settings import parse_assignments, read_settings_file, resolve_config
 from videogru.training.callbacks import rows_left_out
 from videogru.training.fit import Trained, fit, trainable_classifier
 from videogru.training.processes import Group, check_gpus, is_started, joined, this_group

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from videogru.checking.check_table import Finding
-from videogru.config import SPLITS, nearest
+from videogru.config import SPLITS
 from videogru.data.manifest import Manifest, read_manifest
 from videogru.errors import DataError
+from videogru.settings import nearest
 
 MOST_REFUSALS = 100  # of read_manifest, one reading each
 _RARE = 0.1  # of the rows of the label it looks like

@@ -9,10 +9,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from videogru.config import SPLITS, DataConfig, nearest
+from videogru.config import SPLITS, DataConfig
 from videogru.data.columns import Coded
 from videogru.data.manifest import UNSET, Manifest, build_manifest
 from videogru.errors import ConfigError, DataError
+from videogru.settings import nearest
 
 TABLE = "participants.tsv"
 _ENDINGS = (".nii.gz", ".nii")

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from videogru.config import Kind, Settings, nearest
+from videogru.config import Kind, Settings
 from videogru.errors import ConfigError, DataError
 from videogru.resources import card_names, data_root, resource_dir
+from videogru.settings import nearest
 
 Layout = Literal["manifest", "kinetics", "cifar100", "medmnist"]
 _Text = Annotated[str, Field(min_length=1)]

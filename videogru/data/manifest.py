@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from videogru.config import SPLITS, Split, nearest
+from videogru.config import SPLITS, Split
 from videogru.data.columns import CHUNK_ROWS, Coded, Text, hand_over
 from videogru.data.folders import Tree, absent, places_of
 from videogru.data.table import FORMAT_HINT, Table, read_columns
 from videogru.errors import DataError
+from videogru.settings import nearest
 
 Strings = NDArray[np.character]  # fixed-width str; the abstract type, as np.str_ would mean width 0 to beartype
 UNSET = -1

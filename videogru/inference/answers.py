@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from videogru.config import DataConfig, Kind, resolve_config
+from videogru.config import DataConfig, Kind
 from videogru.data.frame_folder import is_frame_folder
 from videogru.data.frames import kind_of_source, media_files
 from videogru.data.views import Views
@@ -20,6 +20,7 @@ from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, atomic_text
 from videogru.modelfile import ModelCard, find_model, newest_model, read_card
+from videogru.settings import resolve_config
 
 RUNS = Path("runs")
 STRONGEST = 3  # steps that a table names and a picture marks
