@@ -17,10 +17,10 @@ from typing import Annotated
 import typer
 
 from videogru import __version__
+from videogru.cli_data import data_app
 from videogru.errors import ConfigError, VideogruError
 from videogru.options import (
     TRAIN_FLAGS,
-    CheckSetOption,
     DataDirOption,
     DataSetOption,
     Format,
@@ -32,7 +32,7 @@ from videogru.options import (
     ViewsOption,
     VolumeOption,
 )
-from videogru.terminal import console, show_cards, show_facts, show_outcome
+from videogru.terminal import console, say, show_outcome
 
 app = typer.Typer(
     name="videogru",
@@ -42,20 +42,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(data_app, name="data")
 
 
 # A full disk, missing rights, a name too long: nothing that a traceback would explain.
 _OF_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
-
-
-def _say(text: str) -> None:
-    if "tqdm" in sys.modules:
-        # A progress bar may be on the line; tqdm puts the text above it.
-        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
-    else:
-        print(text, file=sys.stderr, flush=True)
 
 
 def _version(asked: bool | None) -> None:
@@ -163,11 +154,11 @@ def train(
             )
         settings = run_config(resume)
         _start_processes(runs.processes_to_start(settings))
-        outcome = runs.resume(resume, progress=progress, say=_say)
+        outcome = runs.resume(resume, progress=progress, say=say)
     else:
         settings = runs.settings_for_training(config, given, assigned)
         _start_processes(runs.processes_to_start(settings))
-        outcome = runs.train(settings, out=out, progress=progress, say=_say)
+        outcome = runs.train(settings, out=out, progress=progress, say=say)
     show_outcome(outcome)
 
 
@@ -178,7 +169,7 @@ def _start_processes(wanted: tuple[int, int] | None) -> None:
     from videogru.training.launch import launch
 
     devices, nodes = wanted
-    raise typer.Exit(launch(sys.argv[1:], devices=devices, nodes=nodes, say=_say))
+    raise typer.Exit(launch(sys.argv[1:], devices=devices, nodes=nodes, say=say))
 
 
 @app.command(
@@ -212,7 +203,7 @@ def evaluate(
         views=parse_views(views),
         device=device,
         out=out,
-        say=_say,
+        say=say,
     )
     show_outcome(outcome)
     if any(evaluation.failed for evaluation in outcome.evaluations.values()):
@@ -236,7 +227,7 @@ def probe(
     from videogru import runs
     from videogru.inference.evaluate import METRIC_NAMES
 
-    found = runs.probe_run(run_or_model, split=split.value, data_dir=data_dir, device=device, say=_say)
+    found = runs.probe_run(run_or_model, split=split.value, data_dir=data_dir, device=device, say=say)
     table = Table("frames", METRIC_NAMES[found.metric], "95 % interval", "difference", box=None, pad_edge=False)
     for row in found.table_rows():
         table.add_row(*row)
@@ -321,7 +312,7 @@ def infer(
             device=device,
             settings=settings,
             progress=sys.stderr.isatty(),
-            say=_say,
+            say=say,
         )
     elif explain:
         failed = explain_answers.answer_explained(
@@ -333,7 +324,7 @@ def infer(
             device=device,
             settings=settings,
             progress=sys.stderr.isatty(),
-            say=_say,
+            say=say,
         )
     else:
         failed = answers.answer(
@@ -346,78 +337,9 @@ def infer(
             device=device,
             settings=settings,
             progress=sys.stderr.isatty(),
-            say=_say,
+            say=say,
         )
     if failed:
-        raise typer.Exit(3)
-
-
-@data_app.command(name="list", epilog="[bold]Example[/bold]\n\nvideogru data list")
-def data_list() -> None:
-    """Data sets that ship with a card, and whether their data are here."""
-    from videogru.data.describe import list_cards
-
-    show_cards(list_cards())
-
-
-@data_app.command(
-    name="info",
-    epilog="[bold]Examples[/bold]\n\n"
-    "videogru data info grid_digits\n\n"
-    "videogru data info clips/\n\n"
-    "videogru data info scan.nii.gz\n\n"
-    "videogru data info cifar100 --data-dir ~/data/cifar100",
-)
-def data_info(
-    name_or_folder: Annotated[
-        str, typer.Argument(help="Name of a data set, folder of classes, manifest .csv, or one scan, video or image.")
-    ],
-    data_dir: DataDirOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The picture of a single file; default: scan-info/<name>.png here.", show_default=False),
-    ] = None,
-    set_: DataSetOption = None,
-) -> None:
-    """Classes, counts per split, shapes, durations or spacing of a data set; or what one scan, video or image is."""
-    from videogru import checks, runs
-
-    if checks.is_source(name_or_folder):
-        if data_dir is not None:
-            raise ConfigError("--data-dir is for data sets, not for a single file", hint="Leave it out.")
-        facts, sheet = checks.source_info(Path(name_or_folder), set_ or [], out)
-        show_facts(facts)
-        if sheet is not None:
-            print(f"picture: {sheet}")
-        return
-    if out is not None:
-        raise ConfigError("--out is for the picture of a single file", hint="Leave it out, or name a scan or video.")
-    facts = runs.describe(name_or_folder, data_dir, set_ or [])
-    show_facts(facts)
-
-
-@data_app.command(
-    name="check",
-    epilog="[bold]Examples[/bold]\n\n"
-    "videogru data check grid_digits\n\n"
-    "videogru data check clips/\n\n"
-    "videogru data check table.csv --data-dir ~/data/clips --out checks/clips --set train.num_workers=4",
-)
-def data_check(
-    name_or_folder: Annotated[str, typer.Argument(help="Name of a data set, folder of classes, or manifest .csv.")],
-    data_dir: DataDirOption = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the results; default: checks/<data set> here.", show_default=False)
-    ] = None,
-    set_: CheckSetOption = None,
-) -> None:
-    """Decode everything; find what cannot be read, copies across splits, and mistakes in the table. Can be resumed."""
-    from videogru import checks
-
-    checked = checks.check_data(name_or_folder, data_dir, set_ or [], out, progress=sys.stderr.isatty(), say=_say)
-    for line in checks.summary_lines(checked):
-        print(line)
-    if checked.bad:
         raise typer.Exit(3)
 
 
@@ -442,19 +364,19 @@ def _run() -> int:
     try:
         code = int(app(standalone_mode=False, prog_name="videogru") or 0)
         if code == 130:
-            _say("interrupted")
+            say("interrupted")
         return code
     except VideogruError as error:
         if not (error.is_echo or _is_beside_another()):
-            _say(str(error) if error.exit_code == 130 else f"error: {error}")
+            say(str(error) if error.exit_code == 130 else f"error: {error}")
         return error.exit_code
     except MemoryError as error:
-        _say(f"error: not enough memory ({error}); make data.num_frames, data.frame_size or train.batch_size smaller")
+        say(f"error: not enough memory ({error}); make data.num_frames, data.frame_size or train.batch_size smaller")
         return 2
     except OSError as error:
         if error.errno not in _OF_THE_SYSTEM:
             return _click_exit(error)
-        _say(f"error: {error.filename or 'writing'}: {error.strerror}")
+        say(f"error: {error.filename or 'writing'}: {error.strerror}")
         return 2
     except Exception as error:  # noqa: BLE001
         return _click_exit(error)
@@ -472,8 +394,8 @@ def _click_exit(error: Exception) -> int:
         show()
         return int(error.exit_code)
     if type(error).__name__ == "Abort":
-        _say("interrupted")
+        say("interrupted")
         return 130
     traceback.print_exception(error)
-    _say("error: this is a mistake in videogru, not yours; please report it with the lines above")
+    say("error: this is a mistake in videogru, not yours; please report it with the lines above")
     return 1

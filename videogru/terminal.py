@@ -1,4 +1,4 @@
-"""What commands print on success: tables and facts."""
+"""What commands print: tables, facts, and lines beside a progress bar."""
 
 import sys
 from typing import Any
@@ -71,3 +71,12 @@ def show_outcome(outcome: Any) -> None:
         print(f"model:  {outcome.trained.model}")
     if outcome.report is not None:
         print(f"report: {outcome.report}")
+
+
+def say(text: str) -> None:
+    """A line on stderr, above a progress bar where there is one."""
+    if "tqdm" in sys.modules:
+        # A progress bar may be on the line; tqdm puts the text above it.
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)

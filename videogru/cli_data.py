@@ -1,0 +1,82 @@
+"""The commands of `videogru data`: what data sets and single sources hold, and whether all of it can be read."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from videogru.errors import ConfigError
+from videogru.options import CheckSetOption, DataDirOption, DataSetOption
+from videogru.terminal import say, show_cards, show_facts
+
+data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode="rich")
+
+
+@data_app.command(name="list", epilog="[bold]Example[/bold]\n\nvideogru data list")
+def data_list() -> None:
+    """Data sets that ship with a card, and whether their data are here."""
+    from videogru.data.describe import list_cards
+
+    show_cards(list_cards())
+
+
+@data_app.command(
+    name="info",
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru data info grid_digits\n\n"
+    "videogru data info clips/\n\n"
+    "videogru data info scan.nii.gz\n\n"
+    "videogru data info cifar100 --data-dir ~/data/cifar100",
+)
+def data_info(
+    name_or_folder: Annotated[
+        str, typer.Argument(help="Name of a data set, folder of classes, manifest .csv, or one scan, video or image.")
+    ],
+    data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The picture of a single file; default: scan-info/<name>.png here.", show_default=False),
+    ] = None,
+    set_: DataSetOption = None,
+) -> None:
+    """Classes, counts per split, shapes, durations or spacing of a data set; or what one scan, video or image is."""
+    from videogru import checks, runs
+
+    if checks.is_source(name_or_folder):
+        if data_dir is not None:
+            raise ConfigError("--data-dir is for data sets, not for a single file", hint="Leave it out.")
+        facts, sheet = checks.source_info(Path(name_or_folder), set_ or [], out)
+        show_facts(facts)
+        if sheet is not None:
+            print(f"picture: {sheet}")
+        return
+    if out is not None:
+        raise ConfigError("--out is for the picture of a single file", hint="Leave it out, or name a scan or video.")
+    facts = runs.describe(name_or_folder, data_dir, set_ or [])
+    show_facts(facts)
+
+
+@data_app.command(
+    name="check",
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru data check grid_digits\n\n"
+    "videogru data check clips/\n\n"
+    "videogru data check table.csv --data-dir ~/data/clips --out checks/clips --set train.num_workers=4",
+)
+def data_check(
+    name_or_folder: Annotated[str, typer.Argument(help="Name of a data set, folder of classes, or manifest .csv.")],
+    data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default: checks/<data set> here.", show_default=False)
+    ] = None,
+    set_: CheckSetOption = None,
+) -> None:
+    """Decode everything; find what cannot be read, copies across splits, and mistakes in the table. Can be resumed."""
+    from videogru import checks
+
+    checked = checks.check_data(name_or_folder, data_dir, set_ or [], out, progress=sys.stderr.isatty(), say=say)
+    for line in checks.summary_lines(checked):
+        print(line)
+    if checked.bad:
+        raise typer.Exit(3)
