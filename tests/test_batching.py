@@ -77,3 +77,43 @@ def test_ordered_batches_keep_the_order() -> None:
     batches = OrderedBatches(rows, batch_size=2)
     assert [[row for _, row in batch] for batch in batches] == [[5, 3], [8, 1], [9]]
     assert len(batches) == 3
+
+
+def padded_share(batches: EpochBatches, lengths: np.ndarray) -> float:
+    """Padding over all steps of an epoch's batches."""
+    valid = padded = 0
+    for batch in batches:
+        own = [int(lengths[row]) for _, row in batch]
+        valid += sum(own)
+        padded += max(own) * len(own) - sum(own)
+    return padded / (valid + padded)
+
+
+def test_batches_of_like_length_have_little_padding_and_every_row_once() -> None:
+    lengths = np.random.default_rng(0).integers(10, 200, 500)
+    rows = np.arange(500, dtype=np.int64)
+    how = {"batch_size": 8, "seed": 3, "epoch": lambda: 2}
+    plain, sorted_ = EpochBatches(rows, **how), EpochBatches(rows, **how, lengths=lengths)
+    assert padded_share(plain, lengths) > 0.35
+    assert padded_share(sorted_, lengths) < 0.08
+    drawn = list(sorted_)
+    assert sorted(row for batch in drawn for _, row in batch) == rows.tolist()
+    assert len(drawn) == len(plain) and {len(batch) for batch in drawn} <= {7, 8}
+    assert drawn == list(sorted_)  # a function of seed and epoch
+    assert drawn != list(EpochBatches(rows, batch_size=8, seed=3, epoch=lambda: 3, lengths=lengths))
+    # Neither short ones first nor long ones: the batches are shuffled.
+    means = [np.mean([lengths[row] for _, row in batch]) for batch in drawn]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.4
+    sorted_.skip = 5
+    assert list(sorted_) == drawn[5:]
+
+
+def test_processes_share_batches_of_like_length() -> None:
+    lengths = np.random.default_rng(0).integers(10, 200, 100)
+    rows = np.arange(100, dtype=np.int64)
+    parts = [
+        [row for batch in EpochBatches(rows, batch_size=4, seed=0, epoch=lambda: 0, rank=rank, world=2, lengths=lengths)
+         for _, row in batch]
+        for rank in range(2)
+    ]  # fmt: skip
+    assert sorted(parts[0] + parts[1]) == rows.tolist()

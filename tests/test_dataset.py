@@ -1,6 +1,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_video import make_video
 from videogru.config import DataConfig
 from videogru.data import dataset as dataset_module
 from videogru.data.batching import EpochBatches, OrderedBatches
-from videogru.data.dataset import ArraySource, ClipDataset, ClipLoader, default_workers
+from videogru.data.dataset import ArraySource, ClipDataset, ClipLoader, clip_lengths, default_workers
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.sources import open_source
@@ -130,3 +131,26 @@ def test_windows_of_one_file_in_a_batch_share_its_reader(tmp_path: Path, monkeyp
         assert alone is not None
         assert torch.equal(alone.frames[0], together.batch.frames[place])
     assert all(path.exists() for path in paths)
+
+
+def test_lengths_of_scans_come_from_their_headers(tmp_path: Path) -> None:
+    names, depths = [], []
+    for number, (shape, codes) in enumerate((((4, 5, 9), "RAS"), ((9, 4, 5), "SPL"), ((5, 7, 4), "ALI"))):
+        affine = np.zeros((4, 4))
+        for axis, code in enumerate(codes):
+            affine["LRPAIS".index(code) // 2, axis] = 1 if code in "RAS" else -1
+        affine[3, 3] = 1
+        names.append(f"{number}.nii.gz")
+        nib.Nifti1Image(np.ones(shape, np.uint8), affine).to_filename(tmp_path / names[-1])
+        depths.append(next(side for side, code in zip(shape, codes, strict=True) if code in "SI"))
+    (tmp_path / "bad.nii").write_bytes(b"nothing")
+    manifest = build_manifest(tmp_path, ("a",), [*names, "bad.nii"], [0] * 4)
+    scans = Corpus("x", "volume", ("a",), manifest, None, None, 0, ())
+    rows, every = np.array([2, 0, 3, 1]), DataConfig(sampling="all").for_kind("volume")
+    found = clip_lengths(scans, rows, data=every)
+    assert found is not None
+    assert found.tolist() == [depths[2], depths[0], 0, depths[1]]
+    for name, depth in zip(names, depths, strict=True):
+        with open_source(tmp_path / name, data=every) as source:
+            assert len(source.positions) == depth
+    assert clip_lengths(scans, rows, data=DataConfig().for_kind("volume")) is None

@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 from videogru.sequence import FrameSequence, SequenceBatch
 from videogru.shapes import Gaps
 
+_POOL = 16
 Key = tuple[int, int]  # (epoch, manifest row): all that a sample depends on besides the seed
 
 
@@ -69,6 +70,9 @@ def _gaps(clips: list[FrameSequence], steps: int) -> Gaps:
 class EpochBatches(Sampler[list[Key]]):
     """Batches of (epoch, row): every row once an epoch, shuffled by (seed, epoch), cut evenly over the processes.
 
+    lengths: (N,) steps of each row, where they differ and are known. Rows are then sorted by them within every 16
+    batches, and the batches are shuffled again, so that little of a batch is padding.
+
     Batch sizes differ by at most one (a last batch of one clip would upset batch normalization), and no process is left
     without a share. `skip` batches are left out of the next pass only: that is how a run resumes inside an epoch.
     """
@@ -82,10 +86,11 @@ class EpochBatches(Sampler[list[Key]]):
         epoch: Callable[[], int],
         rank: int = 0,
         world: int = 1,
+        lengths: NDArray[np.int64] | None = None,
     ) -> None:
         if len(rows) < world:
             raise ValueError(f"{len(rows)} rows cannot be shared by {world} processes")
-        self.rows, self.seed, self.epoch = rows, seed, epoch
+        self.rows, self.seed, self.epoch, self.lengths = rows, seed, epoch, lengths
         self.rank, self.world = rank, world
         self.batches = min(-(-len(rows) // (batch_size * world)), len(rows) // world)
         self.skip = 0
@@ -95,9 +100,26 @@ class EpochBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, skip, self.skip = self.epoch(), self.skip, 0
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
-        for batch in np.array_split(order, self.batches)[skip:]:
+        draw = np.random.default_rng((self.seed, epoch))
+        order = draw.permutation(len(self.rows))
+        batches = np.array_split(order, self.batches)
+        if self.lengths is not None:
+            batches = _by_length(batches, self.lengths)
+            batches = [batches[place] for place in draw.permutation(len(batches))]
+        for places in batches[skip:]:
+            batch = self.rows[places]
             yield [(epoch, int(row)) for row in np.array_split(batch, self.world)[self.rank]]
+
+
+def _by_length(batches: list[NDArray[np.int64]], lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Batches of the same sizes, sorted by length within each _POOL of them."""
+    found: list[NDArray[np.int64]] = []
+    for start in range(0, len(batches), _POOL):
+        pool = batches[start : start + _POOL]
+        places = np.concatenate(pool)
+        places = places[np.argsort(lengths[places], kind="stable")]
+        found += np.split(places, np.cumsum([len(batch) for batch in pool])[:-1])
+    return found
 
 
 class OrderedBatches(Sampler[list[Key]]):

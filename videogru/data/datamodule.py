@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from videogru.config import Config
 from videogru.data.augment import augment_batch, mix_batch
 from videogru.data.batching import EpochBatches, Loaded, OrderedBatches
-from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
+from videogru.data.dataset import ClipDataset, ClipLoader, clip_lengths, default_workers
 from videogru.data.layouts import Corpus
 
 
@@ -42,6 +42,7 @@ class CorpusModule(pl.LightningDataModule):
             epoch=lambda: int(trainer.fit_loop.epoch_progress.current.processed),
             rank=trainer.global_rank,
             world=trainer.world_size,
+            lengths=clip_lengths(self.corpus, self.corpus.training_rows("train"), data=self.config.data),
         )
         dataset = self._dataset(training=True)
         loader = ClipLoader(dataset, batches, num_workers=self.num_workers, persistent=True)

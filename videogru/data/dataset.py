@@ -21,7 +21,7 @@ from videogru.data.layouts import Corpus
 from videogru.data.sources import open_source, read_clip, read_clips
 from videogru.data.transforms import prepare_clip
 from videogru.data.views import ONE_VIEW, Views, check_views, crop_places
-from videogru.data.volume import chosen_axis, patient_axes, to_unit_range
+from videogru.data.volume import chosen_axis, depth_of, patient_axes, to_unit_range
 from videogru.data.volume_cache import VolumeCache
 from videogru.data.watchdog import Crew, Watch, may_have_workers
 from videogru.errors import ConfigError, SourceError
@@ -166,6 +166,17 @@ class ArraySource:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def clip_lengths(corpus: Corpus, rows: NDArray[np.int64], *, data: DataConfig) -> NDArray[np.int64] | None:
+    """(N,) slices of each row's scan by its header, for batches of like length; None where no clip is as long as that.
+
+    Only data.sampling=all gives clips of a scan's own depth. 0 for what a header does not tell: it is read, and fails
+    or not, with the shortest.
+    """
+    if corpus.kind != "volume" or data.sampling != "all" or corpus.arrays is not None:
+        return None
+    return np.array([depth_of(corpus.manifest.path(int(row)), data=data) for row in rows], np.int64)
 
 
 def default_workers(corpus: Corpus, asked: int | None, *, rows: int | None = None, sharing: int = 1) -> int:

@@ -4,6 +4,8 @@ The array is turned to the nearest RAS orientation (x to the patient's right, y 
 unrolled. Integers stay integers until slices are chosen; only those become float32.
 """
 
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,18 +19,25 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Shaped
 from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig, Kind
 from videogru.data.percentiles import finite_percentiles
 from videogru.data.scan import Scan
-from videogru.data.volume_nifti import read_nifti
+from videogru.data.volume_nifti import read_header, read_nifti
 from videogru.errors import SourceError
 from videogru.sequence import Unit
 
 Axis = Literal["axial", "coronal", "sagittal"]
 
 MAX_PERCENTILE_VOXELS = 2_000_000
+# What a damaged header can raise; it comes back, told well, when the scan is read.
+_HEADER_ERRORS = (
+    *(OSError, EOFError, ValueError, TypeError, ArithmeticError, MemoryError, LookupError, SourceError),
+    *(ImageFileError, HeaderDataError, struct.error, zlib.error, np.linalg.LinAlgError),
+)
 # axis -> RAS axes that become (T, H, W)
 _ORDER: dict[Axis, tuple[int, int, int]] = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 
@@ -89,6 +98,24 @@ def open_volume(path: Path, *, data: DataConfig) -> "Volume":
             where=path,
             hint="Check the file with `nib-ls`; a .hdr needs its .img beside it.",
         ) from error
+
+
+def depth_of(path: Path, *, data: DataConfig) -> int:
+    """How many slices a scan has along `data.axis`, from its header alone; of a DICOM folder, its files.
+
+    0 where the header does not tell. Nothing is checked: who reads the scan does that.
+    """
+    try:
+        if path.is_dir():
+            return sum(1 for entry in path.iterdir() if entry.is_file())
+        shape, affine = read_header(path)
+        orientation, sizes = _orientation(affine, path), voxel_sizes(affine)
+        sides, spacing = [0, 0, 0], [0.0, 0.0, 0.0]
+        for side, size, target in zip(shape, sizes, orientation[:, 0], strict=True):
+            sides[int(target)], spacing[int(target)] = side, float(size)
+        return sides[_ORDER[chosen_axis(data.axis, spacing)][0]]
+    except _HEADER_ERRORS:
+        return 0
 
 
 @dataclass(eq=False, slots=True)

@@ -91,6 +91,14 @@ def read_nifti(path: Path, *, data: DataConfig) -> Scan:
     return Scan(voxels, slope, intercept, affine, details | _disagreement(image, shape, unit))
 
 
+def read_header(path: Path) -> tuple[tuple[int, int, int], NDArray[np.float64]]:
+    """Shape (X Y Z) and affine of a scan as its header has them; raises what `read_nifti` does, and more."""
+    _check_extensions(path)
+    image: Any = nib.load(path)
+    x, y, z = (int(side) for side in image.shape[:3])
+    return (x, y, z), np.asarray(image.affine, np.float64)
+
+
 def _check_kind(shape: tuple[int, ...], dtype: np.dtype, path: Path) -> None:
     """Refuse what is no volume of single real numbers."""
     if dtype.fields is not None:
