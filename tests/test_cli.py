@@ -47,7 +47,7 @@ def test_flags_grow_only_on_purpose() -> None:
         ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
         "data list": [],
-        "data info": ["name_or_folder", "--data-dir", "--out", "--set"],
+        "data info": ["name_or_folder", "--data-dir", "--out", "--volume", "--max-memory", "--series", "--set"],
         "data check": ["name_or_folder", "--data-dir", "--out", "--set"],
     }
 

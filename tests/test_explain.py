@@ -1,15 +1,21 @@
 """Explanations against clips that lack frames, prefixes that are cut, and gradients by hand."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+
+from grad_cam import class_map
+
 from videogru.config import ModelConfig
 from videogru.inference import explain as module
-from videogru.inference.explain import PATCHES, Variants, adds_up, class_map, covering_map, explain, windows
+from videogru.inference.explain import PATCHES, Variants, adds_up, covering_map, explain, windows
 from videogru.models.classifier import Classifier
 from videogru.sequence import FrameSequence
 

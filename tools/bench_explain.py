@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from grad_cam import class_map
 from measuring import Parser, exit_code, machine, machine_sentence, progress, write_json, write_picture, write_text
 from numpy.typing import NDArray
 
@@ -39,7 +40,7 @@ from videogru.data.layouts import Corpus, open_corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.watchdog import Watch
 from videogru.errors import DataError
-from videogru.inference.explain import PATCHES, Variants, class_map, covering_map, explain
+from videogru.inference.explain import PATCHES, Variants, covering_map, explain
 from videogru.inference.explain_picture import draw_explanation
 from videogru.inference.metrics import interval, resample_counts
 from videogru.inference.predict import Predictor

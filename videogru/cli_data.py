@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from videogru.errors import ConfigError
-from videogru.options import CheckSetOption, DataDirOption, DataSetOption
+from videogru.options import (
+    CheckSetOption,
+    DataDirOption,
+    DataSetOption,
+    MaxMemoryOption,
+    SeriesOption,
+    VolumeOption,
+)
 from videogru.terminal import say, show_cards, show_facts
 
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode="rich")
@@ -38,22 +45,27 @@ def data_info(
         Path | None,
         typer.Option(help="The picture of a single file; default: scan-info/<name>.png here.", show_default=False),
     ] = None,
+    volume: VolumeOption = None,
+    max_memory: MaxMemoryOption = None,
+    series: SeriesOption = None,
     set_: DataSetOption = None,
 ) -> None:
     """Classes, counts per split, shapes, durations or spacing of a data set; or what one scan, video or image is."""
     from videogru import checks, runs
 
+    flags = {"volume": volume, "max_memory_gib": max_memory, "series": series}
+    assigned = [*(f"data.{key}={value}" for key, value in flags.items() if value is not None), *(set_ or [])]
     if checks.is_source(name_or_folder):
         if data_dir is not None:
             raise ConfigError("--data-dir is for data sets, not for a single file", hint="Leave it out.")
-        facts, sheet = checks.source_info(Path(name_or_folder), set_ or [], out)
+        facts, sheet = checks.source_info(Path(name_or_folder), assigned, out)
         show_facts(facts)
         if sheet is not None:
             print(f"picture: {sheet}")
         return
     if out is not None:
         raise ConfigError("--out is for the picture of a single file", hint="Leave it out, or name a scan or video.")
-    facts = runs.describe(name_or_folder, data_dir, set_ or [])
+    facts = runs.describe(name_or_folder, data_dir, assigned)
     show_facts(facts)
 
 

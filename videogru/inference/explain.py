@@ -229,26 +229,6 @@ def windows(steps: int, width: int, *, most: int = MOST_WINDOWS) -> list[tuple[i
     return [(max(0, first) * block, min(steps, (first + width) * block)) for first in range(1 - width, blocks)]
 
 
-def class_map(variants: Variants, code: int, step: int) -> Float32[np.ndarray, "h w"] | None:
-    """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391, eq. 1 and 2) of a class on the encoder's map of one step.
-
-    Gradients come through all the steps after the encoder; None where the map is a single cell.
-    """
-    maps = variants.maps
-    if maps.shape[-2:] == (1, 1):
-        return None
-    lengths = torch.tensor([len(maps)], device=maps.device)
-    gaps = variants.gaps(range(len(maps))).to(maps.device)[None]
-    # cuDNN has no backward pass of recurrent layers in eval mode.
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-        one = maps[step].clone().requires_grad_()
-        whole = torch.cat((maps[:step], one[None], maps[step + 1 :]))
-        logit = variants.classifier.from_maps(whole[None], lengths, gaps)[0, code]
-        (gradient,) = torch.autograd.grad(logit, one)
-    weights = gradient.mean((-2, -1), keepdim=True)
-    return (weights * one.detach()).sum(0).relu().float().cpu().numpy()
-
-
 def covering_map(variants: Variants, code: int, step: int) -> Float32[np.ndarray, "P P"]:
     """What a class's logit loses where a square of one step's frame is covered, at least 0; P = PATCHES.
 

@@ -68,9 +68,7 @@ class Classifier(nn.Module):
         h, w = self.encoder.map_size(in_channels * PLANES[model.frame_differences], frame_size)
         self.steps_per_frame = steps_per_frame(model.seq, h, w)
         size = step_size(model.seq, self.encoder.out_channels, h, w)
-        self.recurrent: Recurrent | ConvRecurrent
-        on_maps = model.cell == "convgru"
-        self.recurrent = (ConvRecurrent if on_maps else Recurrent)(model, size)
+        self.recurrent = (ConvRecurrent if model.cell == "convgru" else Recurrent)(model, size)
         self.head = Head(model, self.recurrent.out_size, num_classes)
         # Last, so that the other parts draw the same initial values with and without it.
         self.local_attention: LocalAttention | None = None

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from videogru.config import ModelConfig
 from videogru.models.cells import init_gates
-from videogru.models.checkpointing import in_chunks
-from videogru.models.recurrent import reversed_order
+from videogru.models.recurrent import Recurrent, reversed_order
 from videogru.models.serialize import valid_steps
 from videogru.shapes import FeatureMaps, Lengths
 
@@ -52,32 +51,26 @@ class ConvGRU(nn.Module):
         return torch.stack(outputs, dim=1), hidden.unsqueeze(0)
 
 
-class ConvRecurrent(nn.Module):
+class ConvRecurrent(Recurrent):
     """Maps (B T D h w), of which the first `lengths` (B,) are valid, to (B T F), F = `out_size`; zeros at padded steps.
 
-    As `Recurrent`, with ConvGRU layers on maps; the last layer's states are averaged over h and w at each step, and
-    LayerNorm acts on these means. Directions, dropout, residual, float32 and checkpoint_steps are those of `Recurrent`.
+    A `Recurrent` of ConvGRU layers on maps; the last layer's states are averaged over h and w at each step, and
+    LayerNorm acts on these means.
     """
 
-    def __init__(self, config: ModelConfig, input_size: int) -> None:
-        super().__init__()
-        self.bidirectional = config.temporal == "bi"
-        self.forward_layers = nn.ModuleList()
-        self.backward_layers = nn.ModuleList()
-        self.shortcuts = nn.ModuleList()
-        self.checkpoint_steps = 0
-        size = input_size
-        width = config.hidden_size * (2 if self.bidirectional else 1)
-        for _ in range(config.num_layers):
-            self.forward_layers.append(ConvGRU(size, config.hidden_size))
-            if self.bidirectional:
-                self.backward_layers.append(ConvGRU(size, config.hidden_size))
-            if config.residual:
-                self.shortcuts.append(_shortcut(size, width))
-            size = width
-        self.input_dropout = nn.Dropout(config.input_dropout)
-        self.norm: nn.Module = nn.LayerNorm(size) if config.layer_norm else nn.Identity()
-        self.out_size = size
+    @staticmethod
+    def layer_of(config: ModelConfig, input_size: int) -> nn.Module:
+        """One layer, one direction."""
+        return ConvGRU(input_size, config.hidden_size)
+
+    @staticmethod
+    def shortcut_of(input_size: int, output_size: int) -> nn.Module:
+        """A 1x1 convolution where the widths differ."""
+        if input_size == output_size:
+            return nn.Identity()
+        linear = nn.Conv2d(input_size, output_size, 1, bias=False)
+        nn.init.xavier_uniform_(linear.weight)
+        return linear
 
     def forward(self, maps: FeatureMaps, lengths: Lengths) -> Float[Tensor, "B T F"]:
         """Mean states after each step, in the order of the steps."""
@@ -100,17 +93,3 @@ class ConvRecurrent(nn.Module):
                 states = outputs
             normed: Tensor = self.norm(states.mean(dim=(3, 4)))
             return normed.masked_fill(padded.unsqueeze(-1), 0.0)
-
-    def _read(self, layer: nn.Module, maps: FeatureMaps) -> Float[Tensor, "B T H h w"]:
-        if self.checkpoint_steps and self.training and torch.is_grad_enabled():
-            return in_chunks(layer, maps, self.checkpoint_steps)
-        states: Tensor = layer(maps)[0]
-        return states
-
-
-def _shortcut(input_size: int, output_size: int) -> nn.Module:
-    if input_size == output_size:
-        return nn.Identity()
-    linear = nn.Conv2d(input_size, output_size, 1, bias=False)
-    nn.init.xavier_uniform_(linear.weight)
-    return linear

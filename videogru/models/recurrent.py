@@ -36,16 +36,30 @@ class Recurrent(nn.Module):
         size = input_size
         if config.cell != "none":
             for _ in range(config.num_layers):
-                self.forward_layers.append(_layer(config, size))
+                self.forward_layers.append(self.layer_of(config, size))
                 if self.bidirectional:
-                    self.backward_layers.append(_layer(config, size))
+                    self.backward_layers.append(self.layer_of(config, size))
                 width = config.hidden_size * (2 if self.bidirectional else 1)
                 if config.residual:
-                    self.shortcuts.append(_shortcut(size, width))
+                    self.shortcuts.append(self.shortcut_of(size, width))
                 size = width
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.norm: nn.Module = nn.LayerNorm(size) if config.layer_norm else nn.Identity()
         self.out_size = size
+
+    @staticmethod
+    def layer_of(config: ModelConfig, input_size: int) -> nn.Module:
+        """One layer, one direction."""
+        return _layer(config, input_size)
+
+    @staticmethod
+    def shortcut_of(input_size: int, output_size: int) -> nn.Module:
+        """What brings a layer's input to its output's width, for `residual`."""
+        if input_size == output_size:
+            return nn.Identity()
+        linear = nn.Linear(input_size, output_size, bias=False)
+        nn.init.xavier_uniform_(linear.weight)
+        return linear
 
     def forward(self, steps: Steps, lengths: Lengths) -> Float[Tensor, "B S F"]:
         """States after each step, in the order of the steps."""
@@ -65,7 +79,7 @@ class Recurrent(nn.Module):
             normed: Tensor = self.norm(states)
             return normed.masked_fill(padded, 0.0)
 
-    def _read(self, layer: nn.Module, steps: Steps) -> Float[Tensor, "B S H"]:
+    def _read(self, layer: nn.Module, steps: Float[Tensor, "B S *D"]) -> Float[Tensor, "B S *H"]:
         if self.checkpoint_steps and self.training and torch.is_grad_enabled():
             return in_chunks(layer, steps, self.checkpoint_steps)
         states: Tensor = layer(steps)[0]
@@ -102,11 +116,3 @@ def _layer(config: ModelConfig, input_size: int) -> nn.Module:
     bias = dict(lstm.named_parameters())["bias_ih_l0"].detach()
     nn.init.ones_(bias[hidden_size : 2 * hidden_size])  # torch's order of gates: i, f, g, o
     return lstm
-
-
-def _shortcut(input_size: int, output_size: int) -> nn.Module:
-    if input_size == output_size:
-        return nn.Identity()
-    linear = nn.Linear(input_size, output_size, bias=False)
-    nn.init.xavier_uniform_(linear.weight)
-    return linear
