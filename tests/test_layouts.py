@@ -28,7 +28,9 @@ def opened(dataset: object, data_dir: Path | None = None, **settings: object):
 # Names and folders
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [(kind, s) for kind, suffixes in SUFFIXES.items() for s in suffixes])
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [(kind, s) for kind, suffixes in SUFFIXES.items() for s in sorted(suffixes)]
+)
 def test_suffixes_mean_what_the_readers_say(kind: str, suffix: str) -> None:
     assert kind_of_name("Some.Name" + suffix.upper()) == kind
 

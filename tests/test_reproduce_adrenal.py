@@ -81,6 +81,8 @@ def test_trained_measured_and_shown(
     recipe = Path("configs/adrenalmnist3d.yaml").read_text().replace("epochs: 12", "epochs: 2, num_workers: 0")
     (tmp_path / "recipe.yaml").write_text(recipe)
     monkeypatch.setitem(reproduce_adrenal.RECIPES, 28, str(tmp_path / "recipe.yaml"))
+    monkeypatch.setattr(adrenal_table, "RESAMPLES", 20)
+    monkeypatch.setattr(adrenal_table, "ROUNDS", 1)
     work, out = tmp_path / "work", tmp_path / "out"
     words = ["--data-dir", str(small_set), "--work", str(work), "--out", str(out), "--rows", "default", "--seeds", "1"]
     with training_jobs.locked(work / "28-default-seed1"):
