@@ -190,3 +190,28 @@ def test_sizes_of_voxels_do_not_make_an_affine_singular(tmp_path: Path) -> None:
     (tmp_path / "b.nii").write_bytes(content)
     with pytest.raises(SourceError, match="singular"):
         open_volume(tmp_path / "b.nii", data=DataConfig())
+
+
+def test_a_skew_grid_is_told_in_degrees(tmp_path: Path) -> None:
+    tilt = np.eye(4)
+    tilt[1, 2] = np.tan(np.deg2rad(15))  # of a CT gantry: slices stay axial, their centers move along y
+    for name, affine, expected in (("tilted", affine_of() @ tilt, None), ("right", affine_of((20, -5, 9)), "")):
+        nib.save(nib.Nifti1Image(anatomy(), affine), tmp_path / f"{name}.nii")
+        with open_volume(tmp_path / f"{name}.nii", data=DataConfig()) as source:
+            said = source.details.get("notes", "")
+        if expected is not None:
+            assert said == expected
+            continue
+        y, z = affine[:3, 1], affine[:3, 2]
+        off = 90 - np.degrees(np.arccos(y @ z / np.linalg.norm(y) / np.linalg.norm(z)))
+        assert off > 5 and f"{abs(off):.1f} degrees off right angles" in said[0]
+
+
+@pytest.mark.parametrize(("axis", "thin"), [("coronal", 1), ("sagittal", 0), ("axial", 2)])
+def test_one_slice_along_another_axis_is_told(tmp_path: Path, axis: str, thin: int) -> None:
+    one = anatomy()[tuple(slice(1) if place == thin else slice(None) for place in range(3))]
+    nib.save(nib.Nifti1Image(one, affine_of()), tmp_path / "one.nii")
+    for asked in ("axial", "coronal", "sagittal"):
+        with open_volume(tmp_path / "one.nii", data=DataConfig(axis=asked)) as source:
+            said = " ".join(source.details.get("notes", ()))
+        assert (f"use data.axis={axis}" in said) is (asked != axis)

@@ -172,9 +172,9 @@ def volume_of(scan: Scan, *, path: Path, data: DataConfig) -> Volume:
     """A scan as slices along `data.axis`, in the orientation that is nearest to RAS, with `data.intensity`.
 
     Oblique scans are turned by quarter turns and mirrors only, never resampled. Spacing is the length of the affine's
-    columns. Adds to the scan's details: orientation (of the stored axes), spacing_mm_ras, axis (that was chosen) and
-    not_finite (voxels that are NaN or infinite). Raises SourceError where the affine is singular, or intensities
-    cannot be mapped.
+    columns. Adds to the scan's details: orientation (of the stored axes), spacing_mm_ras, axis (that was chosen),
+    not_finite (voxels that are NaN or infinite), and notes where its grid is skew or one slice is cut along another
+    axis. Raises SourceError where the affine is singular, or intensities cannot be mapped.
     """
     if scan.voxels.ndim != 3 or not scan.voxels.size:
         raise ValueError(f"a scan has three axes, none empty, not {scan.voxels.shape}")
@@ -196,6 +196,7 @@ def volume_of(scan: Scan, *, path: Path, data: DataConfig) -> Volume:
     axis = chosen_axis(data.axis, spacing)
     along, down, across = _ORDER[axis]
     step = spacing[along]
+    notes = [*cast(list[str], scan.details.get("notes") or ()), *_shape_notes(volume.shape, scan.affine, along)]
     positions = np.arange(volume.shape[along], dtype=np.float64) * step
     return Volume(
         path=path,
@@ -208,6 +209,7 @@ def volume_of(scan: Scan, *, path: Path, data: DataConfig) -> Volume:
             "spacing_mm_ras": spacing,
             "axis": axis,
             "not_finite": bad,
+            **({"notes": notes} if notes else {}),
         },
         slope=scan.slope,
         intercept=scan.intercept,
@@ -229,6 +231,23 @@ def _orientation(affine: NDArray[np.float64], path: Path) -> NDArray[np.float64]
     with np.errstate(over="ignore", invalid="ignore"):
         orientation: NDArray[np.float64] = nib.io_orientation(affine)
     return orientation
+
+
+def _shape_notes(shape: Sequence[int], affine: NDArray[np.float64], along: int) -> list[str]:
+    """What a user should know of the grid: axes that are not at right angles, and slices that are but lines."""
+    notes = []
+    unit = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    skew = float(np.degrees(np.arcsin(min(1.0, np.abs(unit.T @ unit - np.eye(3)).max()))))
+    if skew > 0.5:
+        notes.append(
+            f"its axes are {skew:.1f} degrees off right angles (gantry tilt?); the slices are read as they are"
+        )
+    thin = [axis for axis, (place, *_) in _ORDER.items() if place != along and shape[place] == 1]
+    if thin and shape[along] > 1:
+        notes.append(
+            f"it is one {thin[0]} slice: use data.axis={thin[0]}; along another axis each step is a line of voxels"
+        )
+    return notes
 
 
 def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, intercept: float) -> tuple[float, float]:
