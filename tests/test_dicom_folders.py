@@ -44,13 +44,39 @@ def test_class_folders_of_series(place: Path) -> None:
     corpus = opened(place / "scans")
     assert (corpus.kind, corpus.classes, len(corpus.manifest)) == ("volume", ("a", "b"), 24)
     assert corpus.manifest.sources[0] == "a/p0/s1"
-    assert Counter(corpus.manifest.groups.tolist())["a/p0"] == 2
-    # Both series of a patient are in one split.
+    # Equal names below two classes are one patient, all of whose series are in one split.
+    assert Counter(corpus.manifest.groups.tolist())["p0"] == 4
     by_patient: dict[str, set[int]] = {}
     for group, split in zip(corpus.manifest.groups.tolist(), corpus.manifest.splits.tolist(), strict=True):
         by_patient.setdefault(group, set()).add(split)
-    assert len(by_patient) == 12 and all(len(splits) == 1 for splits in by_patient.values())
+    assert len(by_patient) == 6 and all(len(splits) == 1 for splits in by_patient.values())
     assert any("24 folders of DICOM" in note for note in corpus.notes)
+    assert any("6 patients; 6 of them lie below several classes" in note for note in corpus.notes)
+
+
+def test_scans_below_a_folder_of_their_class_are_one_patients(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        for number in range(5):
+            for visit in ("pre/scan.nii.gz", "post/scan.nii.gz"):
+                path = tmp_path / "x" / label / f"{label}{number}" / visit
+                path.parent.mkdir(parents=True)
+                nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.int16), np.eye(4)), path)
+        nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.int16), np.eye(4)), tmp_path / "x" / label / "alone.nii.gz")
+    corpus = opened(tmp_path / "x")
+    counts = Counter(corpus.manifest.groups.tolist())
+    assert counts == {f"{label}{number}": 2 for label in "ab" for number in range(5)} | {
+        "a/alone.nii.gz": 1,
+        "b/alone.nii.gz": 1,
+    }
+    splits = dict(zip(corpus.manifest.groups.tolist(), corpus.manifest.splits.tolist(), strict=True))
+    for group, split in zip(corpus.manifest.groups.tolist(), corpus.manifest.splits.tolist(), strict=True):
+        assert splits[group] == split
+    assert any("10 patients" in note and "several classes" not in note for note in corpus.notes)
+    # Where folders set the split, equal names in two of them are left to who made the folders.
+    (tmp_path / "y").mkdir()
+    (tmp_path / "x").rename(tmp_path / "y" / "train")
+    corpus = opened(tmp_path / "y")
+    assert "train/a0" in corpus.manifest.groups.tolist()
 
 
 def test_slices_directly_in_a_class_folder_are_refused(tmp_path: Path) -> None:
@@ -66,7 +92,7 @@ def test_nifti_and_dicom_go_together_but_not_with_videos(tmp_path: Path) -> None
     nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.int16), np.eye(4)), tmp_path / "x" / "b" / "n.nii.gz")
     corpus = open_corpus(DataConfig(dataset=str(tmp_path / "x")), for_training=False)
     assert corpus.kind == "volume"
-    assert corpus.manifest.groups.tolist() == ["a/p", "b/n.nii.gz"]
+    assert corpus.manifest.groups.tolist() == ["p", "b/n.nii.gz"]
     (tmp_path / "x" / "b" / "v.mp4").write_bytes(b"x")
     with pytest.raises(DataError, match=r"there are volume: a/p; video: b/v.mp4"):
         opened(tmp_path / "x")

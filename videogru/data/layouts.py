@@ -1,7 +1,6 @@
 """Opens a data set, however its files lie: a card, a folder with a subfolder per class, a BIDS folder, a manifest."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,9 +12,10 @@ from numpy.typing import NDArray
 from videogru.config import SPLITS, DataConfig, Kind, Split
 from videogru.data.bids import is_bids, read_bids
 from videogru.data.card import Card, load_card
+from videogru.data.class_folders import SPLIT_FOLDERS, one_kind, read_class_folders
 from videogru.data.columns import Coded, hand_over
-from videogru.data.folders import first_of_each_suffix, subfolders
-from videogru.data.frames import SUFFIXES, kind_of_name, kind_of_source, media_files
+from videogru.data.folders import first_of_each_suffix
+from videogru.data.frames import kind_of_name
 from videogru.data.kinetics import kinetics_clips, kinetics_rows, kinetics_table
 from videogru.data.manifest import Manifest, build_manifest, missing_rows, read_manifest
 from videogru.data.npz import read_npz
@@ -24,7 +24,6 @@ from videogru.data.table import TABLE_SUFFIXES
 from videogru.errors import ConfigError, DataError
 from videogru.resources import card_names, data_root
 
-_SPLIT_NAMES = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
 _CIFAR_FOLDER = "cifar-100-python"
 _LOOKED_THROUGH = 100_000
 
@@ -92,7 +91,9 @@ def open_corpus(data: DataConfig, *, seed: int = 0, for_training: bool = True, e
         bare = replace(manifest, notes=())
         corpus = Corpus(manifest.root.name, "volume", manifest.classes, bare, None, None, 0, manifest.notes)
     elif folder:
-        corpus = _open_class_folders(path, data, empty_classes)
+        kind, manifest = read_class_folders(path, data, empty_classes)
+        bare = replace(manifest, notes=())
+        corpus = Corpus(manifest.root.name, kind, manifest.classes, bare, None, None, 0, manifest.notes)
     elif path.suffix.lower() in TABLE_SUFFIXES:
         corpus = _from_manifest(path.stem, read_manifest(path, root=data.data_dir), None)
     elif path.is_file():
@@ -123,7 +124,7 @@ def _from_manifest(name: str, manifest: Manifest, card: Card | None) -> Corpus:
     absent = missing_rows(manifest)
     rows = first_of_each_suffix(manifest.sources)
     rows += _first_folder_there(manifest, rows, absent)
-    kind = _one_kind((manifest.sources[row] for row in rows), manifest.root)
+    kind = one_kind((manifest.sources[row] for row in rows), manifest.root)
     if card is not None and kind != card.kind:
         raise DataError(f"holds {kind} files, but {card.name} is of kind {card.kind}", where=manifest.root)
     missing = len(absent)
@@ -147,116 +148,6 @@ def _first_folder_there(manifest: Manifest, rows: list[int], absent: NDArray[np.
     return [row for row in islice(there, _LOOKED_THROUGH) if kind_of_name(manifest.sources[row]) is None][:1]
 
 
-def _one_kind(names: Iterable[str], where: Path, look: Callable[[Path], Kind | None] = kind_of_source) -> Kind:
-    """The kind of all; look: of those whose name does not say it."""
-    examples: dict[Kind, str] = {}
-    unseen: list[str] = []
-    for name in names:
-        path = where / name
-        kind = kind_of_name(name) or look(path)
-        if kind is not None:
-            examples.setdefault(kind, name)
-        elif path.suffix or path.exists():
-            known = " ".join(sorted(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
-            raise DataError(f"{name}: no known suffix", where=where, hint=f"Known: {known}, and DICOM")
-        else:
-            unseen.append(name)
-    if not examples and unseen:
-        # A folder of frames, or of slices; nothing is there to tell.
-        return "video"
-    if len(examples) != 1:
-        found = "; ".join(f"{kind}: {name}" for kind, name in examples.items())
-        raise DataError(f"one data set, one kind, but there are {found}", where=where)
-    return next(iter(examples))
-
-
-# Folders as labels ----------------------------------------------------------------------------------------------
-
-
-def _open_class_folders(root: Path, data: DataConfig, empty_classes: bool) -> Corpus:
-    """root/<class>/... or root/<train|val|test>/<class>/...; hidden files are ignored, other suffixes are counted.
-
-    Images in a class folder are stills. A folder in a class folder that holds numbered images is one video; where there
-    is one, every other folder of images counts as a video too, and fails with its reason when it is read.
-    """
-    root = root.resolve()
-    tops = subfolders(root)
-    split_of = {alias: code for code, split in enumerate(SPLITS) for alias in _SPLIT_NAMES[split]}
-    odd = [name for name in tops if name not in split_of]
-    if "train" in tops and odd:
-        raise DataError(
-            f"folders named like splits beside others: {', '.join(odd[:4])}",
-            where=root,
-            hint="Expected FOLDER/<class>/files, or FOLDER/<train, val or test>/<class>/files; rename the others.",
-        )
-    if tops and not odd:
-        places = [(split_of[top], root / top, label) for top in tops for label in subfolders(root / top)]
-    else:
-        places = [(-1, root, label) for label in tops]
-    classes = sorted({label for _, _, label in places})
-    if not classes:
-        raise DataError(
-            "no subfolders with classes",
-            where=root,
-            hint="Expected FOLDER/<class>/files, or FOLDER/<split>/<class>/files.",
-        )
-    found: list[tuple[Path, Path, str, int]] = []
-    ignored: Counter[str] = Counter()
-    series: set[Path] = set()
-    for split, parent, label in places:
-        place = parent / label
-        found += [
-            (path, place, label, split) for path in media_files(place, ignored, frame_folders=True, series=series)
-        ]
-    if not found:
-        raise DataError("no videos, volumes or images in its class folders", where=root)
-    notes = [f"ignored {count} files with suffix {suffix or '(none)'}" for suffix, count in sorted(ignored.items())]
-    for path, place, *_ in found:
-        if path == place and path in series:
-            raise DataError(
-                "DICOM files lie directly in the folder of their class, so nothing says which are one scan",
-                where=path,
-                hint="Give each series a folder of its own: FOLDER/<class>/<patient>/*.dcm",
-            )
-    if any(kind_of_name(path.name) is None and path not in series for path, *_ in found):
-        rows = dict.fromkeys((_clip_of(path, place), label, split) for path, place, label, split in found)
-        notes.append(
-            f"folders of numbered images are videos of {data.folder_fps:g} frames per second (data.folder_fps)"
-        )
-    else:
-        rows = dict.fromkeys((path, label, split) for path, _, label, split in found)
-    sources = [path.relative_to(root).as_posix() for path, _, _ in rows]
-    codes = {label: code for code, label in enumerate(classes)}
-    labels = [codes[label] for _, label, _ in rows]
-    splits = [split for *_, split in rows]
-    # Not by looking into each of many folders a second time.
-    kind = _one_kind(sources, root, lambda path: "volume" if path in series else "video")
-    if series:
-        notes.append(f"{len(series)} folders of DICOM files are volumes; those below one folder are of one patient")
-    present = set(labels)
-    empty = [name for code, name in enumerate(classes) if code not in present]
-    if empty and not empty_classes:
-        raise DataError(f"no files of class {', '.join(empty)}", where=root, hint="Remove the empty folders.")
-    manifest = build_manifest(root, classes, sources, labels, splits)
-    if series:
-        groups = [
-            _patient_of(path, where, root) if path in series else source
-            for (path, where, *_), source in zip(found, sources, strict=True)
-        ]
-        manifest = replace(manifest, groups=Coded.of(groups))
-    return Corpus(root.name, kind, tuple(classes), manifest, None, None, 0, tuple(notes))
-
-
-def _patient_of(series: Path, class_folder: Path, root: Path) -> str:
-    """The folder directly below the class folder in which a series lies, as <split>/<class>/<patient>."""
-    return (class_folder / series.relative_to(class_folder).parts[0]).relative_to(root).as_posix()
-
-
-def _clip_of(path: Path, class_folder: Path) -> Path:
-    """The folder of an image that lies in one below its class folder; what else is a source stays."""
-    return path.parent if kind_of_name(path.name) == "image" and path.parent != class_folder else path
-
-
 # Kinetics -------------------------------------------------------------------------------------------------------
 
 
@@ -271,10 +162,10 @@ def _open_kinetics(card: Card, data: DataConfig) -> Corpus:
     notes: list[str] = []
     missing = 0
     for code, split in enumerate(SPLITS):
-        table = kinetics_table(place, _SPLIT_NAMES[split])
+        table = kinetics_table(place, SPLIT_FOLDERS[split])
         if table is None:
             continue
-        clips = kinetics_clips(place, _SPLIT_NAMES[split])
+        clips = kinetics_clips(place, SPLIT_FOLDERS[split])
         absent = count = 0
         for youtube_id, start, end, label, where in kinetics_rows(table):
             if label and label not in codes:
