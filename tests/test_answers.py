@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from videogru.config import DataConfig
 from videogru.errors import ConfigError, ModelFileError
 from videogru.inference import answers
 from videogru.inference.predictions import Predictions
+from videogru.modelfile import ModelCard
 
 
 def quiet(text: str) -> None:
@@ -52,6 +54,16 @@ def test_globs_files_and_repeats(folder: Path) -> None:
     assert files("star[1].mp4") == ["star[1].mp4"]
     assert files("absent.mp4") == ["absent.mp4"]
     assert files("de*") == ["deep/c.mkv"]
+
+
+def test_what_the_model_was_built_for_stays() -> None:
+    """A slab of three and three times the same slice are both three channels."""
+    card = ModelCard.model_construct(data=DataConfig(slab=3, channels=3, series="7"), frame_size=112, in_channels=3)
+    told = answers.data_settings(card, {"data.slab": 3, "data.axis": "coronal"})
+    assert (told.slab, told.axis, told.series) == (3, "coronal", None)
+    for key, value in (("data.slab", 1), ("data.channels", 1), ("data.frame_size", 64)):
+        with pytest.raises(ConfigError, match=f"{key} = {value}, but the model was trained with"):
+            answers.data_settings(card, {key: value})
 
 
 def test_what_holds_nothing_gets_its_row(folder: Path) -> None:

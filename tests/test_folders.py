@@ -65,3 +65,12 @@ def test_links_that_lead_out_are_seen_from_the_listing(tmp_path: Path) -> None:
     ]
     assert tree.listing("in/deep") is not None
     assert tree.listing("none") is None
+
+
+def test_a_link_to_itself_is_listed(tmp_path: Path) -> None:
+    """Python up to 3.12 raises where such a link is resolved."""
+    (tmp_path / "a.nii").write_bytes(b"x")
+    (tmp_path / "again.nii").symlink_to("again.nii")
+    found = Tree(tmp_path).listing("")
+    assert found is not None
+    assert found.names == {"a.nii", "again.nii"}

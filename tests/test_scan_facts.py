@@ -138,6 +138,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert not (tmp_path / "scan-info" / "b.nii.gz.png").exists()
 
 
+def test_a_link_to_itself_is_no_file(tmp_path: Path) -> None:
+    link = tmp_path / "again.nii"
+    link.symlink_to("again.nii")
+    with pytest.raises(SourceError, match="no such file"):
+        checks.source_info(link, [], None)
+
+
 def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):

@@ -234,3 +234,20 @@ def test_jpeg_images_and_what_is_in_memory_are_refused(tmp_path: Path) -> None:
         DataConfig(cache="jpeg").for_kind("volume")
     with pytest.raises(ConfigError, match="raw is not for a image"):
         DataConfig(cache="raw").for_kind("image")
+
+
+def test_the_chosen_series_counts(tmp_path: Path) -> None:
+    """Two series in one folder share their bytes; which of them was asked for tells them apart."""
+    dicom_series = pytest.importorskip("dicom_series")
+    folder = tmp_path / "scan"
+    array = np.random.default_rng(0).integers(0, 500, SHAPE).astype(np.int16)
+    for name, number, voxels in (("a", 1, array), ("b", 2, 500 - array)):
+        slices = dicom_series.slices_of(voxels, np.eye(4))
+        made = [dicom_series.changed(one, SeriesInstanceUID=f"1.2.{number}", SeriesNumber=number) for one in slices]
+        dicom_series.write(folder, made, names=[f"{name}{i}.dcm" for i in range(len(made))])
+    for number in ("1", "2", "1"):
+        data = settings(tmp_path, series=number)
+        with VolumeCache(data).open(folder) as cached, open_source(folder, data=data) as source:
+            assert cached.details["access"] == "cached as raw"
+            assert torch.equal(all_slices(cached, data), all_slices(source, data)), number
+    assert len(entries(settings(tmp_path))) == 2

@@ -12,6 +12,7 @@ import pytest
 from dicom_series import REPORT, changed, enhanced, place_of, plain, pydicom, slices_of, with_pixels, write
 
 from videogru.config import DataConfig
+from videogru.data.dicom_files import holds_dicom
 from videogru.data.sources import open_source
 from videogru.data.volume import open_volume
 from videogru.data.volume_dicom import read_dicom
@@ -408,3 +409,20 @@ def test_place_of_counts_in_lps() -> None:
     assert place["ImagePositionPatient"] == [-10, -20, -24]
     assert place["ImageOrientationPatient"] == [1, 0, 0, 0, 1, 0]
     assert place["PixelSpacing"] == [2.0, 1.5]
+
+
+def test_a_series_is_one_volume(tmp_path: Path) -> None:
+    folder = write(tmp_path / "s", slices_of(voxels(), STRAIGHT))
+    whole = read_dicom(folder, data=FULL).voxels
+    for volume in (0, "mean"):
+        assert np.array_equal(read_dicom(folder, data=FULL.model_copy(update={"volume": volume})).voxels, whole)
+    with pytest.raises(SourceError, match="a series is one volume: there is no volume 3"):
+        read_dicom(folder, data=FULL.model_copy(update={"volume": 3}))
+
+
+def test_a_link_to_itself_hides_no_series(tmp_path: Path) -> None:
+    folder = write(tmp_path / "s", slices_of(voxels(), STRAIGHT))
+    (folder / "again").symlink_to("again")
+    assert holds_dicom(folder)
+    with open_source(folder, data=FULL) as source:
+        assert source.kind == "volume"

@@ -226,7 +226,8 @@ def source_info(path: Path, assignments: list[str], out: Path | None) -> tuple[d
     """
     kind = kind_of_source(path) or "video"  # a file that is not there; its reader says so
     data = resolve_config(("--set", parse_assignments(assignments))).data.for_kind(kind)
-    sheet = out or Path("scan-info") / f"{path.resolve().name}.png"
+    # A folder may be typed as "."; a link goes by its own name.
+    sheet = out or Path("scan-info") / f"{(path.resolve() if path.is_dir() else path).name}.png"
     # All planes come from one reading; the axis that a model would see is chosen from its spacing.
     with open_source(path, data=data.model_copy(update={"axis": "axial"}), kind=kind) as source:
         if isinstance(source, Volume):

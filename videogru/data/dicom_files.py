@@ -39,13 +39,20 @@ def holds_dicom(folder: Path, names: Iterable[str] | None = None) -> bool:
     try:
         if names is None:
             with os.scandir(folder) as entries:
-                names = [entry.name for entry in entries if entry.is_file()]
+                names = [entry.name for entry in entries if _is_file(entry)]
         names = list(names)
     except OSError:
         return False
     if any(map(is_dicom_name, names)):
         return True
     return any(_is_dicom_file(folder / name) for name in sorted(filter(may_be_dicom_name, names))[:_LOOKED_INTO])
+
+
+def _is_file(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself, which says nothing about the files beside it
+        return False
 
 
 def _is_dicom_file(path: Path) -> bool:

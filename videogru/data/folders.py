@@ -61,7 +61,7 @@ class Tree:
             return None
         except OSError as error:
             raise DataError(f"cannot be listed: {error.strerror}", where=place) from error
-        strays = {name for name in links if not (place / name).resolve().is_relative_to(self.root)}
+        strays = {name for name in links if not _resolved(place / name).is_relative_to(self.root)}
         return Listing(names, strays, folders | {name for name in links if (place / name).is_dir()} - strays)
 
     def leaves(self, folder: str) -> bool:
@@ -79,6 +79,13 @@ class Tree:
         if parent not in self._parents:
             self._parents[parent] = self.listing(parent)
         return self._parents[parent]
+
+
+def _resolved(link: Path) -> Path:
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError):  # a link to itself: it leads nowhere, and is told when it is read
+        return link
 
 
 def subfolders(folder: Path) -> list[str]:

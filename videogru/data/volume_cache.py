@@ -27,7 +27,7 @@ from videogru.data.frames import FrameSource
 
 _RECENT_SECONDS = 2.0
 _BLOCK = 16  # slices prepared at a time
-_SETTINGS = ("cache", "frame_size", "fit", "axis", "volume", "intensity")
+_SETTINGS = ("cache", "frame_size", "fit", "axis", "volume", "series", "intensity")
 _ENDS = {
     "percentile": ("percentile_low", "percentile_high"),
     "window": ("window_low", "window_high"),

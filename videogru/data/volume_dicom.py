@@ -60,6 +60,12 @@ def read_dicom(path: Path, *, data: DataConfig) -> Scan:
 
 
 def _read(path: Path, data: DataConfig) -> Scan:
+    if data.volume not in (None, 0, "mean"):
+        raise SourceError(
+            f"is DICOM, where a series is one volume: there is no volume {data.volume}",
+            where=path,
+            hint="Leave --volume (data.volume) out; --series NUMBER chooses among several series.",
+        )
     headers, skipped = _headers(path)
     series, chosen = _chosen_series(path, headers, data.series)
     slices = [one for file, header in chosen for one in _slices(file, header)]

@@ -160,7 +160,12 @@ def data_settings(card: ModelCard, settings: Mapping[str, Any]) -> DataConfig:
         raise ConfigError(
             f"{strangers[0]} belongs to training; infer takes data.* keys only", hint="Example: --set data.decoder=pyav"
         )
-    fixed = {"data.frame_size": card.frame_size, "data.channels": card.in_channels}
+    fixed = {
+        "data.frame_size": card.frame_size,
+        "data.channels": card.in_channels,
+        # As many channels may be a slice with its neighbors or a gray slice repeated.
+        "data.slab": card.data.slab,
+    }
     for key, value in fixed.items():
         if key in settings and settings[key] != value:
             raise ConfigError(f"{key} = {settings[key]!r}, but the model was trained with {value}")
