@@ -133,6 +133,11 @@ def test_a_column_of_splits_is_kept_to(tmp_path: Path) -> None:
         opened(root, suffix="T1w", label_column="dx")
 
 
+def test_a_measure_is_no_label(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'age' has 10 values in 10 participants: too many to be classes"):
+        opened(bids(tmp_path / "b"), suffix="T1w", label_column="age")
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [

@@ -47,8 +47,18 @@ def test_flags_grow_only_on_purpose() -> None:
         ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
         "data list": [],
-        "data info": ["name_or_folder", "--data-dir", "--out", "--volume", "--max-memory", "--series", "--set"],
-        "data check": ["name_or_folder", "--data-dir", "--out", "--set"],
+        "data info": [
+            "name_or_folder",
+            "--data-dir",
+            "--out",
+            "--volume",
+            "--max-memory",
+            "--series",
+            "--suffix",
+            "--label",
+            "--set",
+        ],
+        "data check": ["name_or_folder", "--data-dir", "--out", "--suffix", "--label", "--set"],
     }
 
 

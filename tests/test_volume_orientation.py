@@ -215,3 +215,24 @@ def test_one_slice_along_another_axis_is_told(tmp_path: Path, axis: str, thin: i
         with open_volume(tmp_path / "one.nii", data=DataConfig(axis=asked)) as source:
             said = " ".join(source.details.get("notes", ()))
         assert (f"use data.axis={axis}" in said) is (asked != axis)
+
+
+def test_oblique_degrees_and_planes_of_a_skew_grid(tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Image(anatomy(), affine_of((20, 0, 0))), tmp_path / "oblique.nii")
+    with open_volume(tmp_path / "oblique.nii", data=DataConfig()) as source:
+        assert source.details["oblique_degrees"] == 20.0
+    tilt = np.eye(4)
+    tilt[1, 2] = 2.0  # mm along y for each slice 2 mm higher: 45 degrees
+    nib.save(nib.Nifti1Image(anatomy(), tilt @ np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "skew.nii")
+    with open_volume(tmp_path / "skew.nii", data=DataConfig()) as source:
+        (note,) = source.details["notes"]
+    # Slices are 2 mm apart, however far each is moved; centers 2 sqrt(5) mm.
+    assert note.endswith("1 x 0.4472 x 2 mm apart along the stored axes")
+
+
+def test_spacings_that_stand_for_none(tmp_path: Path) -> None:
+    for shape, affine, told in (((40, 40, 6), np.eye(4), True), ((9, 8, 7), np.eye(4), False),
+                                ((40, 40, 6), np.diag([1, 1, 5, 1]), False)):  # fmt: skip
+        nib.save(nib.Nifti1Image(np.zeros(shape, np.int16), affine), tmp_path / "one.nii")
+        with open_volume(tmp_path / "one.nii", data=DataConfig()) as source:
+            assert any("is that true" in note for note in source.details.get("notes", ())) is told

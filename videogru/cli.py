@@ -24,10 +24,12 @@ from videogru.options import (
     DataDirOption,
     DataSetOption,
     Format,
+    LabelOption,
     MaxMemoryOption,
     SeriesOption,
     SetOption,
     SplitName,
+    SuffixOption,
     TrainCommand,
     ViewsOption,
     VolumeOption,
@@ -78,16 +80,11 @@ def _main(
 def train(
     dataset: Annotated[
         str | None,
-        typer.Option(help="Name of a data set, folder with a subfolder per class or in BIDS, or manifest .csv."),
+        typer.Option(help="Name of a data set, folder with a subfolder per class or in BIDS, or a table."),
     ] = None,
     data_dir: DataDirOption = None,
-    suffix: Annotated[
-        str | None, typer.Option(help="Of a BIDS folder: which scans, as T1w.", show_default=False)
-    ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="Of a BIDS folder: the classes in participants.tsv.", show_default=False),
-    ] = None,
+    suffix: SuffixOption = None,
+    label: LabelOption = None,
     series: SeriesOption = None,
     seq: Annotated[
         str | None, typer.Option(help="How feature maps become steps: frames (slices), rows, cols, grid.")

@@ -40,6 +40,15 @@ SeriesOption = Annotated[
     str | None,
     typer.Option(metavar="NUMBER-OR-UID", help="Which series, where DICOM folders hold several.", show_default=False),
 ]
+SuffixOption = Annotated[
+    str | None, typer.Option("--suffix", help="Of a BIDS folder: which scans, as T1w.", show_default=False)
+]
+LabelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--label", metavar="COLUMN", help="Of a BIDS folder: the classes in participants.tsv.", show_default=False
+    ),
+]
 ViewsOption = Annotated[
     str, typer.Option("--views", metavar="CLIPSxCROPS", help="Average over clips in time times crops, as 10x3.")
 ]

@@ -63,7 +63,8 @@ def show_outcome(outcome: Any) -> None:
     from rich.table import Table
 
     for split, evaluation in outcome.evaluations.items():
-        table = Table("", split, "95 % interval", box=None, pad_edge=False)
+        title = f"{split} ({evaluation.evaluated} rows)"
+        table = Table("", title, "95 % interval", box=None, pad_edge=False)
         for row in evaluation.summary_rows():
             table.add_row(*row)
         console().print(table)

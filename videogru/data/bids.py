@@ -180,6 +180,14 @@ def _label_column(
         if wanted not in others:
             hint = f"{nearest(wanted, others)} Columns: {listed}".strip()
             raise ConfigError(f"no column {wanted!r}", where=path, hint=hint)
+        values = [cells[wanted] for cells in people.values() if cells[wanted] not in _NOTHING]
+        distinct = set(values)
+        if len(distinct) > max(2, len(values) // 2):
+            raise ConfigError(
+                f"{wanted!r} has {len(distinct)} values in {len(values)} participants: too many to be classes",
+                where=path,
+                hint="Add a column with a few classes, such as age in groups, and name it.",
+            )
         return wanted, []
     plausible = [name for name in others if _may_be_label(name, [cells[name] for cells in people.values()])]
     if len(plausible) == 1:

@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from jaxtyping import Float32, Shaped
-from nibabel.affines import voxel_sizes
+from nibabel.affines import obliquity, voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
@@ -206,6 +206,7 @@ def volume_of(scan: Scan, *, path: Path, data: DataConfig) -> Volume:
         details=scan.details
         | {
             "orientation": "".join(nib.aff2axcodes(scan.affine)),
+            "oblique_degrees": round(_oblique_degrees(scan.affine), 1),
             "spacing_mm_ras": spacing,
             "axis": axis,
             "not_finite": bad,
@@ -234,20 +235,32 @@ def _orientation(affine: NDArray[np.float64], path: Path) -> NDArray[np.float64]
 
 
 def _shape_notes(shape: Sequence[int], affine: NDArray[np.float64], along: int) -> list[str]:
-    """What a user should know of the grid: axes that are not at right angles, and slices that are but lines."""
+    """What a user should know of the grid: slices that are but lines, spacings that may stand for none, skew axes."""
     notes = []
-    unit = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    unit = affine[:3, :3] / lengths
     skew = float(np.degrees(np.arcsin(min(1.0, np.abs(unit.T @ unit - np.eye(3)).max()))))
     if skew > 0.5:
+        sides = affine[:3, :3].T  # rows: from a voxel to the next along each stored axis, in mm
+        apart = [abs(np.linalg.det(sides)) / np.linalg.norm(np.cross(sides[k - 2], sides[k - 1])) for k in range(3)]
         notes.append(
-            f"its axes are {skew:.1f} degrees off right angles (gantry tilt?); the slices are read as they are"
+            f"its axes are {skew:.1f} degrees off right angles (gantry tilt?): slices are read as they are, and their "
+            f"planes are {' x '.join(f'{step:.4g}' for step in apart)} mm apart along the stored axes"
         )
     thin = [axis for axis, (place, *_) in _ORDER.items() if place != along and shape[place] == 1]
     if thin and shape[along] > 1:
         notes.append(
             f"it is one {thin[0]} slice: use data.axis={thin[0]}; along another axis each step is a line of voxels"
         )
+    if np.allclose(lengths, 1.0, rtol=0, atol=1e-6) and max(shape) > 4 * min(shape) > 4:
+        voxels = " x ".join(map(str, shape))
+        notes.append(f"all spacings are 1 mm, of {voxels} voxels: is that true? Sides and distances follow from it")
     return notes
+
+
+def _oblique_degrees(affine: NDArray[np.float64]) -> float:
+    """The largest angle between a stored axis and the patient's axis that it is taken for."""
+    return float(np.degrees(obliquity(affine).max()))
 
 
 def _intensity_ends(volume: NDArray[Any], data: DataConfig, *, slope: float, intercept: float) -> tuple[float, float]:

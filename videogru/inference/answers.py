@@ -251,7 +251,7 @@ def _as_table(records: list[dict[str, Any]], terminal: bool) -> str:
 def _strongest(explanation: list[dict[str, Any]]) -> str:
     """The few steps with the largest contributions above 0, as text."""
     ranked = sorted((step for step in explanation if step["contribution"] > 0), key=lambda step: -step["contribution"])
-    shown = [f"{s['position']:g} {s['unit']} {s['contribution']:+.2f}" for s in ranked[:STRONGEST]]
+    shown = [f"{s['position']:g} {s['unit']} {s['contribution']:+.2g}" for s in ranked[:STRONGEST]]
     return ", ".join(shown) or "no step"
 
 

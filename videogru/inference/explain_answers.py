@@ -118,7 +118,7 @@ def _answer(
     (record,) = to_records(_prediction(path, explanation, predictor.card.classes), top_k=top_k)
     # scan.nii.gz -> scan.png
     picture = pictures.path(Path(path.removesuffix(".gz")))
-    drawn = draw_explanation(explanation, clip.frames, title=Path(path).name, label=record["predicted"])
+    drawn = draw_explanation(explanation, clip.frames, title="/".join(Path(path).parts[-2:]), label=record["predicted"])
     write_picture(picture, drawn)
     return record | explanation_fields(explanation, picture)
 

@@ -15,6 +15,7 @@ TILES = 28
 _ACROSS = 14
 _INK, _SOFT, _MARK = "#1d2733", "#8a94a0", "#d1495b"
 _UNITS = {"seconds": "seconds", "mm": "mm", "index": "step"}
+_SHORT = {"seconds": "s", "mm": "mm", "index": ""}
 
 
 def draw_explanation(explanation: Explanation, frames: ClipFrames, *, title: str, label: str) -> bytes:
@@ -111,7 +112,9 @@ def _strongest(plain: Any, over: Any, explanation: Explanation, picture: NDArray
         axes.imshow(picture, extent=(0, width, height, 0))
         axes.set_axis_off()
     position = explanation.positions[explanation.strongest]
-    plain.set_title(f"strongest step, at {position:.4g}", loc="left", fontsize=9, color=_INK)
+    plain.set_title(
+        f"strongest step, at {position:.4g} {_SHORT[explanation.unit]}".rstrip(), loc="left", fontsize=9, color=_INK
+    )
     where = explanation.where
     if not where.max() > 0:
         told = "no square that is covered\ncosts the class anything"
