@@ -148,4 +148,4 @@ def _picture(index: int) -> Tensor:
 
 def _waves(x: Int64[np.ndarray, "..."], y: Int64[np.ndarray, "..."], t: Int64[np.ndarray, "..."] | int) -> np.ndarray:
     """0..189: triangles, by integer arithmetic alone, so that it is the same everywhere."""
-    return abs((x + t) % 126 - 63) + abs((y - t) % 90 - 45) + abs((x + y) % 162 - 81)
+    return np.asarray(abs((x + t) % 126 - 63) + abs((y - t) % 90 - 45) + abs((x + y) % 162 - 81))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from videogru import __version__
 from videogru.config import MAX_CHANNELS, DataConfig, Kind, ModelConfig
-from videogru.errors import ModelFileError, VideogruError
+from videogru.errors import ConfigError, ModelFileError, VideogruError
 from videogru.models.classifier import Classifier, Normalize
 
 FORMAT_VERSION = 2  # 2: the golden sample
@@ -76,6 +76,10 @@ class ModelCard(BaseModel):
             raise ValueError(f"window_seconds must lie above 0, got {self.window_seconds}")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("class names repeat")
+        try:
+            self.data.for_kind(self.kind)
+        except ConfigError as error:
+            raise ValueError(error.what) from error
         if self.golden is not None and len(self.golden.logits) != len(self.classes):
             raise ValueError(f"{len(self.classes)} classes but a golden sample of {len(self.golden.logits)} logits")
         return self
