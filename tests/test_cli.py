@@ -46,6 +46,8 @@ def test_flags_grow_only_on_purpose() -> None:
             *("--window-seconds", "--min-confidence", "--explain", "--device", "--volume", "--max-memory", "--set"),
         ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
+        "model show": ["run_or_model"],
+        "model verify": ["runs_or_models"],
         "data list": [],
         "data info": [
             "name_or_folder",
@@ -76,7 +78,17 @@ def test_help_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["train"], ["eval"], ["infer"], ["data", "list"], ["data", "info"], ["data", "check"]]
+    "command",
+    [
+        ["train"],
+        ["eval"],
+        ["infer"],
+        ["data", "list"],
+        ["data", "info"],
+        ["data", "check"],
+        ["model", "show"],
+        ["model", "verify"],
+    ],
 )
 def test_every_command_shows_examples(typed, command: list[str]) -> None:
     code, out, _ = typed(*command, "--help")

@@ -18,6 +18,7 @@ import typer
 
 from videogru import __version__
 from videogru.cli_data import data_app
+from videogru.cli_model import model_app
 from videogru.errors import ConfigError, VideogruError
 from videogru.options import (
     TRAIN_FLAGS,
@@ -45,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")
 
 
 # A full disk, missing rights, a name too long: nothing that a traceback would explain.

@@ -16,13 +16,22 @@ from torch import Tensor
 
 from videogru import __version__
 from videogru.config import MAX_CHANNELS, DataConfig, Kind, ModelConfig
-from videogru.errors import ModelFileError, VideogruError
+from videogru.errors import ConfigError, ModelFileError, VideogruError
 from videogru.models.classifier import Classifier, Normalize
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the golden sample
 MODEL_FILE_NAME = "model.safetensors"
 _HEADER_KEY = "videogru"
 _PER_CHANNEL = Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
+
+
+class GoldenSample(BaseModel):
+    """What a model said when it was written, float32 logits (K,), of the made source `pattern` of `golden.py`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: Annotated[int, Field(ge=1)]
+    logits: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
 
 
 class ModelCard(BaseModel):
@@ -31,7 +40,8 @@ class ModelCard(BaseModel):
     model: architecture (its `temporal` tells streaming models); data: preprocessing and sampling; classes: names in the
     order of the logits; mean, std: per channel, of frames in 0..1; frame_size: pixels, as in data; versions: packages
     that wrote it; dataset, license: of the training data; window_seconds: lengths of the windows of videos that it was
-    trained on (10th, 50th and 90th percentile), empty for whole sources; metrics: scores by name; created: UTC.
+    trained on (10th, 50th and 90th percentile), empty for whole sources; metrics: scores by name; golden: what
+    `videogru model verify` replays, None in files of format 1 and of trainings that did not end; created: UTC.
     """
 
     # A metric may be nan, which JSON has no number for.
@@ -51,6 +61,7 @@ class ModelCard(BaseModel):
     license: str
     window_seconds: tuple[FiniteFloat, ...] = ()
     metrics: dict[str, float]
+    golden: GoldenSample | None = None
     created: datetime
 
     @model_validator(mode="after")
@@ -65,6 +76,12 @@ class ModelCard(BaseModel):
             raise ValueError(f"window_seconds must lie above 0, got {self.window_seconds}")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("class names repeat")
+        try:
+            self.data.for_kind(self.kind)
+        except ConfigError as error:
+            raise ValueError(error.what) from error
+        if self.golden is not None and len(self.golden.logits) != len(self.classes):
+            raise ValueError(f"{len(self.classes)} classes but a golden sample of {len(self.golden.logits)} logits")
         return self
 
     @property

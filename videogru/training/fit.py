@@ -25,6 +25,7 @@ from videogru.data.batching import EpochBatches
 from videogru.data.datamodule import CorpusModule
 from videogru.data.layouts import Corpus
 from videogru.errors import ConfigError, DataError, Interrupted
+from videogru.golden import add_golden_sample
 from videogru.modelfile import MODEL_FILE_NAME, ModelCard, make_card, write_model
 from videogru.models.classifier import Classifier
 from videogru.training.averaging import weight_average
@@ -167,6 +168,8 @@ def fit(
         _optimize(task, config, corpus, run, scores, state, facts, steps=steps, progress=progress, say=say)
     if group.is_first and (train.keep == "last" or not scores.best):
         save({"epoch": float(len(scores.history) - 1), **_last_scores(scores)})
+    if group.is_first:
+        add_golden_sample(run / MODEL_FILE_NAME)
     seconds = scores.seconds or time.monotonic() - started
     return Trained(run / MODEL_FILE_NAME, scores.best, len(scores.history), seconds, len(bad.reasons))
 

@@ -1,0 +1,135 @@
+"""The golden sample notices what changes an answer, and nothing else."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import videogru
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from videogru.config import DataConfig, ModelConfig
+from videogru.errors import ModelFileError
+from videogru.golden import _picture, add_golden_sample, golden_batch, verify_model
+from videogru.model_facts import describe_model
+from videogru.modelfile import make_card, read_card, read_model, write_model
+from videogru.models.classifier import Classifier
+
+KINDS = {
+    "video": DataConfig(frame_size=24, num_frames=6, channels=3, fit="crop"),
+    "volume": DataConfig(frame_size=24, num_frames=6, channels=3, fit="pad", slab=3, axis="auto"),
+    "image": DataConfig(frame_size=24, num_frames=1, channels=1, fit="stretch"),
+}
+
+
+def written(path: Path, kind: str, **settings) -> Path:
+    data = KINDS[kind]
+    torch.manual_seed(4)
+    config = ModelConfig(**{"encoder_width": 8, "hidden_size": 6, **settings})
+    shape = {"mean": (0.4,) * data.channels, "std": (0.2,) * data.channels}
+    model = Classifier(config, in_channels=data.channels, frame_size=24, num_classes=4, **shape).train()
+    model(torch.rand(4, 2, data.channels, 24, 24), torch.tensor([2, 2, 2, 1]), torch.ones(4, 2))
+    card = make_card(model, kind=kind, classes=tuple("abcd"), data=data)
+    write_model(path, model.eval(), card)
+    add_golden_sample(path)
+    return path
+
+
+def rewrite(path: Path, *, tensors=None, **changes) -> None:
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["videogru"])
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        place = content
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    save_file(load_file(path) if tensors is None else tensors, path, metadata={"videogru": json.dumps(content)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [{}, {"use_gaps": True, "cell": "lstm", "seq": "rows"}])
+def test_what_was_written_is_said_again(tmp_path: Path, kind: str, settings: dict) -> None:
+    path = written(tmp_path / "model.safetensors", kind, **settings)
+    replay = verify_model(path)
+    assert replay is not None and replay.holds and replay.difference == 0.0
+    # By hand: the clip that the readers make, through the classifier.
+    classifier, card = read_model(path)
+    batch = golden_batch(card)
+    assert batch.frames.shape[1:] == ({"image": 1}.get(kind, 6), card.in_channels, 24, 24)
+    with torch.no_grad():
+        expected = classifier(batch.frames, batch.lengths, batch.gaps)[0]
+    np.testing.assert_allclose(card.golden.logits, expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("video", {"mean": [0.4, 0.4, 0.42]}),
+        ("video", {"std": [0.2, 0.21, 0.2]}),
+        ("video", {"data__fit": "pad"}),
+        ("video", {"data__num_frames": 5}),
+        ("volume", {"data__axis": "coronal"}),
+        ("volume", {"data__intensity": "zscore"}),
+        ("volume", {"data__percentile_high": 95}),
+        ("image", {"data__fit": "crop"}),
+        ("image", {"mean": [0.39]}),
+    ],
+)
+def test_changed_preprocessing_is_refused(tmp_path: Path, kind: str, changes: dict) -> None:
+    path = written(tmp_path / "model.safetensors", kind)
+    rewrite(path, **changes)
+    replay = verify_model(path)
+    assert replay is not None and not replay.holds and replay.difference > replay.allowed
+
+
+def test_one_changed_weight_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.safetensors", "video")
+    tensors = load_file(path)
+    tensors["head.linear.weight"][2, 3] += 0.1
+    rewrite(path, tensors=tensors)
+    replay = verify_model(path)
+    assert replay is not None and not replay.holds
+
+
+def test_the_picture_is_the_same_everywhere() -> None:
+    """By plain Python integers."""
+    for index, c, y, x in [(0, 0, 0, 0), (3, 1, 70, 90), (17, 2, 80, 85), (39, 0, 143, 207), (39, 2, 98, 147)]:
+        if abs(x - 30 - 3 * index) < 20 and abs(y - 60 - index) < 25:
+            expected = 230 - 60 * c
+        else:
+            a, b, t = x + 2 * index, y + 16 * c, index
+            expected = abs((a + t) % 126 - 63) + abs((b - t) % 90 - 45) + abs((a + b) % 162 - 81)
+        assert int(_picture(index)[c, y, x]) == expected
+
+
+def test_files_without_one_and_of_an_unknown_pattern(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.safetensors", "video")
+    rewrite(path, golden={"pattern": 99, "logits": [0.0] * 4})
+    assert verify_model(path) is None
+    rewrite(path, golden=None, format_version=1)  # as format 1 was written, but for the key
+    assert verify_model(path) is None
+    add_golden_sample(path)
+    assert read_card(path).format_version == 2 and verify_model(path).holds
+    rewrite(path, golden={"pattern": 1, "logits": [0.0] * 3})
+    with pytest.raises(ModelFileError, match="golden sample of 3 logits"):
+        verify_model(path)
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.safetensors", "volume")
+    shown = videogru("model", "show", path)
+    assert shown.code == 0
+    facts = describe_model(path)
+    for text in ("a, b, c, d", "auto slices", "slab", "24 x 24 pixels", str(facts["parameters"]["total"])):
+        assert text in shown.out
+    assert facts["parameters"]["total"] == sum(p.numel() for p in read_model(path)[0].parameters())
+    sound = videogru("model", "verify", path)
+    assert sound.code == 0 and "holds on cpu" in sound.err + sound.out
+    rewrite(path, mean=[0.4, 0.4, 0.5])
+    refused = videogru("model", "verify", path)
+    assert refused.code == 4 and "REFUSED" in refused.err + refused.out
+    missing = videogru("model", "verify", tmp_path / "none.safetensors")
+    assert missing.code == 2 and "no such file" in missing.err

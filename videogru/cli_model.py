@@ -1,0 +1,53 @@
+"""The commands of `videogru model`: what a model file is, and whether it still says what it said."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from videogru.terminal import say, show_facts
+
+model_app = typer.Typer(help="Look at model files.", no_args_is_help=True, rich_markup_mode="rich")
+
+
+@model_app.command(
+    name="show",
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru model show runs/grid_digits-0001\n\n"
+    "videogru model show model.safetensors",
+)
+def model_show(run_or_model: Annotated[Path, typer.Argument(help="Run folder or model file.")]) -> None:
+    """What a model reads, what it is, how it scored, and what wrote it."""
+    from videogru.model_facts import describe_model
+    from videogru.modelfile import find_model
+
+    show_facts(describe_model(find_model(run_or_model)))
+
+
+@model_app.command(
+    name="verify",
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru model verify runs/grid_digits-0001\n\n"
+    "videogru model verify a.safetensors b.safetensors",
+)
+def model_verify(
+    runs_or_models: Annotated[list[Path], typer.Argument(help="Run folders or model files.")],
+) -> None:
+    """Replay the golden sample that was stored at training, on every device here: does the model say what it said?"""
+    from videogru.golden import devices_here, verify_model
+    from videogru.modelfile import find_model
+
+    refused = 0
+    for path in map(find_model, runs_or_models):
+        for device in devices_here():
+            replay = verify_model(path, device)
+            if replay is None:
+                say(f"{path}: no golden sample to replay (written by another version, or its training did not end)")
+            else:
+                told = "holds" if replay.holds else "REFUSED"
+                by = f"logits differ by {replay.difference:.2g}, allowed {replay.allowed:.2g}"
+                say(f"{path}: {told} on {device}: {by}{'' if replay.same_class else ', another class'}")
+            if replay is None or not replay.holds:
+                refused += 1
+    if refused:
+        raise typer.Exit(4)
