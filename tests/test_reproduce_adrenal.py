@@ -69,10 +69,10 @@ def test_every_row_holds_and_differs_from_the_default():
 
 
 def test_peers_read_what_our_run_of_the_same_seed_read(tmp_path: Path):
-    found = reproduce_adrenal.jobs(tmp_path, 28, None, ("default", "r3d_18"), (0, 1), (1,))
-    assert [job.run.name for job in found] == ["28-default-seed0", "28-default-seed1", "28-r3d_18-seed1"]
+    found = reproduce_adrenal.jobs(tmp_path, 28, None, ("single", "r3d_18"), (0, 1), (1,))
+    assert [job.run.name for job in found] == ["28-single-seed0", "28-single-seed1", "28-r3d_18-seed1"]
     command = found[2].command()
-    assert command[2] == str(tmp_path / "28-default-seed1") and command[-4:-2] == ["--net", "r3d_18"]
+    assert command[2] == str(tmp_path / "28-single-seed1") and command[-4:-2] == ["--net", "r3d_18"]
 
 
 def test_trained_measured_and_shown(

@@ -170,11 +170,7 @@ def _log(run: Path) -> list[dict[str, float]]:
 def _times(work: Path, size: int, seeds: dict[str, list[int]], config: Config, train_rows: int) -> dict[str, Any]:
     """Cost of each net, times in turns, and the training seconds to the peers' best validation AUC."""
     nets = [_net(name, run_folder(work, size, name, found[0]), config) for name, found in seeds.items() if found]
-    same = [
-        net
-        for net in nets
-        if not ROWS[net.name].settings or ROWS[net.name].settings.keys() <= {"model.cell", "model.seq"}
-    ]
+    same = [net for net in nets if ROWS[net.name].settings.keys() <= {"data.slab", "model.cell", "model.seq"}]
     steps = config.data.num_frames
     measured = measure_times(same, config, frames=steps, batch=BATCH, rounds=ROUNDS)
     found: dict[str, Any] = {net.name: cost(net, steps) | times for net, times in zip(same, measured, strict=True)}
@@ -209,9 +205,9 @@ def _net(name: str, run: Path, config: Config) -> Net:
     row: Row = ROWS[name]
     module: nn.Module
     if row.peer:
-        channels = config.data.channels or 1
-        scale = (0.25,) * channels  # mean and std change no time; the scores come from the predictions
-        module = R3D(2, scale, scale, config.data.num_frames, net=row.peer, own_channels=True)
+        scale = (0.25,)  # of one channel; mean and std change no time; the scores come from the predictions
+        data = config.data
+        module = R3D(2, scale, scale, data.num_frames, net=row.peer, own_channels=True, frame_size=data.frame_size)
         module.load_state_dict(load_file(run / WEIGHTS))
     else:
         module = read_model(run / MODEL_FILE_NAME)[0]

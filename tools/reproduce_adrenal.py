@@ -38,7 +38,7 @@ def jobs(
         for seed in peer_seeds if row.peer else seeds:
             run = run_folder(work, size, name, seed)
             if row.peer:
-                command = partial(peer_command, run_folder(work, size, "default", seed), row.peer, run)
+                command = partial(peer_command, run_folder(work, size, "single", seed), row.peer, run)
             else:
                 check_settings(run, wanted_config(size, name, seed, data))
                 command = partial(own_command, size, name, seed, run, data)
@@ -65,7 +65,7 @@ def own_command(size: int, name: str, seed: int, run: Path, data: Path | None) -
 
 
 def peer_command(ours: Path, net: str, run: Path) -> list[str]:
-    """A 3-D ResNet on what our default run of the same seed read; it goes on by itself."""
+    """A 3-D ResNet on what our run without slabs of the same seed read; it goes on by itself."""
     return [*PEER, str(ours), "--net", net, "--out", str(run)]
 
 

@@ -55,6 +55,7 @@ class R3D(nn.Module):
 
     r3d_18: torchvision's (Tran et al. 2018, arXiv:1711.11248); monai_resnet18: MONAI's (Hara et al. 2018,
     arXiv:1711.09577) as it comes. own_channels: the first layer takes the channels as they are.
+    frame_size: H = W of what it is measured with; it takes any.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class R3D(nn.Module):
         *,
         net: str = "r3d_18",
         own_channels: bool = False,
+        frame_size: int = 64,
     ) -> None:
         super().__init__()
+        self.in_channels, self.frame_size = len(mean), frame_size
         self.steps, self.channels = steps, len(mean) if own_channels else 3
         self.normalize = Normalize(mean, std)
         if net == "monai_resnet18":

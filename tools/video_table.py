@@ -151,11 +151,12 @@ def measure(nets: Sequence[Net], config: Config, *, frames: int, batch: int, rou
     template = next(net.module for net in nets if not isinstance(net.module, R3D))
     many, one = clips(template, batch, frames), clips(template, 1, frames)
     lengths, length = torch.full((batch,), frames), torch.tensor([frames])
+    inputs = [(many[:, :, : _channels(net.module, many)], one[:, :, : _channels(net.module, one)]) for net in nets]
     labels = torch.arange(batch) % len(nets[0].predictions.classes)
     found: list[dict[str, Any]] = [{"train_ms": [], "infer_ms": []} for _ in nets]
-    steps = [_step(net.module, many, lengths, labels, bf16=bf16) for net in nets]
+    steps = [_step(net.module, own, lengths, labels, bf16=bf16) for net, (own, _) in zip(nets, inputs, strict=True)]
     for round_ in range(rounds + 1):
-        for net, step, row in zip(nets, steps, found, strict=True):
+        for net, step, (_, one), row in zip(nets, steps, inputs, found, strict=True):
             taken = _timed(step) / batch
             net.module.eval()
             with torch.inference_mode():
@@ -165,6 +166,11 @@ def measure(nets: Sequence[Net], config: Config, *, frames: int, batch: int, rou
                 row["train_ms"].append(taken)
                 row["infer_ms"].append(alone)
     return found
+
+
+def _channels(module: nn.Module, frames: torch.Tensor) -> int:
+    """How many of the channels of the clips a net reads."""
+    return int(getattr(module, "in_channels", frames.shape[2]))
 
 
 def _step(
