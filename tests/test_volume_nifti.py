@@ -387,3 +387,18 @@ def test_hostile_files_are_errors(shared_data: Path, volume: object) -> None:
         with pytest.raises(SourceError) as caught:
             open_volume(path, data=DataConfig(volume=volume))  # type: ignore[arg-type]
         assert str(path) in str(caught.value)
+
+
+def test_a_name_that_says_other_than_the_first_bytes(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(5, 4, 3), np.eye(4))
+    nib.save(image, tmp_path / "plain.nii")
+    nib.save(image, tmp_path / "packed.nii.gz")
+    (tmp_path / "plain.nii").rename(tmp_path / "a.nii.gz")
+    (tmp_path / "packed.nii.gz").rename(tmp_path / "b.nii")
+    for name, what, other in (
+        ("a.nii.gz", "is named as a gzip stream, and is none", "a.nii"),
+        ("b.nii", "is a gzip stream, and is not named so", "b.nii.gz"),
+    ):
+        with pytest.raises(SourceError, match=what) as caught:
+            open_volume(tmp_path / name, data=DataConfig())
+        assert caught.value.hint == f"Rename it: {other}"

@@ -28,6 +28,8 @@ MAX_EXTRA_BYTES = 64 * 2**20
 # sform and qform are float32, and the quaternion loses some more: below this they mean the same.
 MAX_DISAGREEMENT_MM = 0.1
 _CHUNK_BYTES = 1 << 20
+_GZIP = b"\x1f\x8b"
+_PLAIN = tuple(struct.pack(f"{order}i", size) for size in (348, 540) for order in "<>")  # how NIfTI headers begin
 ByteStream = io.BufferedIOBase  # as igzip opens them: ISA-L unpacks about twice as fast as zlib, and checks the same
 _IMAGES = (nib.Nifti1Pair, nib.Nifti2Pair, nib.MGHImage, nib.AnalyzeImage)
 # xyzt_units & 7 of NIfTI; 2 is mm, and 0, not said, is taken for it.
@@ -236,6 +238,7 @@ def _check_extensions(path: Path) -> None:
         path = path.with_name(stem + path.name[len(stem) :].replace("img", "hdr").replace("IMG", "HDR"))
     if not path.is_file():  # nibabel says what is missing
         return
+    _check_packing(path)
     alone = not path.name.lower().endswith((".hdr", ".hdr.gz"))
     with igzip.open(path) if _is_packed(path) else path.open("rb") as stream:
         head = stream.read(4)
@@ -266,6 +269,19 @@ def _check_extensions(path: Path) -> None:
 
 def _image_file(image: Any) -> Path:
     return Path(image.file_map["image"].filename)
+
+
+def _check_packing(path: Path) -> None:
+    """Refuse a file whose name says other than its first bytes whether it is a gzip stream."""
+    with path.open("rb") as stream:
+        head = stream.read(4)
+    if _is_packed(path) and head in _PLAIN:
+        what, other = "is named as a gzip stream, and is none", path.name.removesuffix(".gz")
+    elif not _is_packed(path) and head[:2] == _GZIP:
+        what, other = "is a gzip stream, and is not named so", f"{path.name}.gz"
+    else:
+        return
+    raise SourceError(what, where=path, hint=f"Rename it: {other}")
 
 
 def _is_packed(file: Path) -> bool:
