@@ -61,18 +61,24 @@ def test_shifted_copies_follow_each_other():
 
 def test_every_row_holds_and_differs_from_the_default():
     wanted = {name: flat_settings(reproduce_adrenal.wanted_config(28, name, 3, None)) for name in adrenal_rows.ROWS}
-    for name, row in adrenal_rows.ROWS.items():
+    for name, row in adrenal_rows.rows_of_size(28).items():
         differing = {key for key, value in wanted[name].items() if value != wanted["default"][key]}
-        assert differing - {"data.channels"} == set(row.settings), name
+        assert differing - {"data.channels"} <= set(row.settings), name
+        assert bool(differing) == (name != "default" and not row.peer), name
         assert wanted[name]["train.seed"] == 3
     assert set(adrenal_rows.THINNED) <= set(adrenal_rows.ROWS)
+    for size, name in adrenal_rows.DEFAULT_IS.items():
+        recipe, named = (
+            flat_settings(reproduce_adrenal.wanted_config(size, row, 3, None)) for row in ("default", name)
+        )
+        assert recipe == named, "the recipe is not what DEFAULT_IS says"
 
 
 def test_peers_read_what_our_run_of_the_same_seed_read(tmp_path: Path):
-    found = reproduce_adrenal.jobs(tmp_path, 28, None, ("single", "r3d_18"), (0, 1), (1,))
-    assert [job.run.name for job in found] == ["28-single-seed0", "28-single-seed1", "28-r3d_18-seed1"]
+    found = reproduce_adrenal.jobs(tmp_path, 28, None, ("plain", "r3d_18"), (0, 1), (1,))
+    assert [job.run.name for job in found] == ["28-plain-seed0", "28-plain-seed1", "28-r3d_18-seed1"]
     command = found[2].command()
-    assert command[2] == str(tmp_path / "28-single-seed1") and command[-4:-2] == ["--net", "r3d_18"]
+    assert command[2] == str(tmp_path / "28-plain-seed1") and command[-4:-2] == ["--net", "r3d_18"]
 
 
 def test_trained_measured_and_shown(
@@ -120,6 +126,7 @@ def test_the_race_to_a_peers_best_epoch(tmp_path: Path):
         (["--size", "64"], "adrenalmnist3d_64.npz"),
         (["--size", "30"], "invalid choice: 30"),
         (["--rows", "default,foo"], "--rows"),
+        (["--rows", "default,drop"], "drop is what default does"),
         (["--minutes", "nan"], "--minutes"),
     ],
 )

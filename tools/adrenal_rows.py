@@ -24,25 +24,34 @@ class Row:
     peer: str = ""
 
 
-# What the rows below the default change first: its slabs are left out.
-ONE_BY_ONE = {"data.slab": "1"}
+# What the rows start from: one slice a step, all of them.
+PLAIN = {"data.slab": "1", "data.augment.drop_steps": "0.0"}
 ROWS = {
-    "default": Row("our default: CNN per slab of 3 slices, biGRU along axial slabs"),
-    "single": Row("slices one by one, without slabs; so are all below", ONE_BY_ONE),
+    "default": Row("our default"),
+    "plain": Row("CNN per slice, biGRU along axial slices", PLAIN),
     "monai_resnet18": Row("3-D ResNet-18 (MONAI), trained here", peer="monai_resnet18"),
     "r3d_18": Row("3-D ResNet-18 (torchvision's r3d_18, one channel), trained here", peer="r3d_18"),
-    "coronal": Row("coronal slices", {**ONE_BY_ONE, "data.axis": "coronal"}),
-    "sagittal": Row("sagittal slices", {**ONE_BY_ONE, "data.axis": "sagittal"}),
-    "none": Row("no GRU: mean over slices", {**ONE_BY_ONE, "model.cell": "none"}),
-    "convgru": Row("ConvGRU on the maps", {**ONE_BY_ONE, "model.cell": "convgru"}),
-    "raster": Row("3D-GRU, raster: every cell of every map a step", {**ONE_BY_ONE, "model.seq": "grid"}),
-    "drop": Row("slices dropped in training, up to 60 %", {**ONE_BY_ONE, "data.augment.drop_steps": "0.6"}),
+    "coronal": Row("coronal slices", {**PLAIN, "data.axis": "coronal"}),
+    "sagittal": Row("sagittal slices", {**PLAIN, "data.axis": "sagittal"}),
+    "none": Row("no GRU: mean over slices", {**PLAIN, "model.cell": "none"}),
+    "convgru": Row("ConvGRU on the maps", {**PLAIN, "model.cell": "convgru"}),
+    "raster": Row("3D-GRU, raster: every cell of every map a step", {**PLAIN, "model.seq": "grid"}),
+    "slab": Row("slabs of 3 slices as channels", {**PLAIN, "data.slab": "3"}),
+    "drop": Row("slices dropped in training, up to 60 %", {**PLAIN, "data.augment.drop_steps": "0.6"}),
     "gaps": Row(
         "the same, and the gaps enter the GRU",
-        {**ONE_BY_ONE, "data.augment.drop_steps": "0.6", "model.use_gaps": "true"},
+        {**PLAIN, "data.augment.drop_steps": "0.6", "model.use_gaps": "true"},
     ),
 }
-THINNED = ("default", "single", "drop", "gaps")  # rows that are also tested on every second and third slice
+DEFAULT_IS = {28: "drop", 64: "slab"}  # by the validation AUC; that row is the default's
+THINNED = ("default", "plain", "gaps")  # rows that are also tested on every second and third slice
+
+
+def rows_of_size(size: int) -> dict[str, Row]:
+    """The rows of a table, by name; the default's title says what it is."""
+    own = ROWS[DEFAULT_IS[size]]
+    title = f"our default: {own.title}"
+    return {"default": Row(title)} | {n: row for n, row in ROWS.items() if n not in ("default", DEFAULT_IS[size])}
 
 
 def run_folder(work: Path, size: int, row: str, seed: int) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from adrenal_rows import PUBLISHED, ROWS, SHIFTS, THINNED, Row, run_folder
+from adrenal_rows import PLAIN, PUBLISHED, ROWS, SHIFTS, THINNED, Row, rows_of_size, run_folder
 from article import interval
 from measuring import machine, machine_sentence, median_range, progress, write_json, write_picture, write_text
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ RESAMPLES, ROUNDS, BATCH = 1000, 5, 16
 def measure(work: Path, size: int, data: Path | None, command: Sequence[str]) -> dict[str, Any]:
     """Everything in the table of one size, from the runs that are finished. Raises DataError where none is."""
     facts = machine(command)
-    seeds = {name: _finished(work, size, name) for name in ROWS}
+    seeds = {name: _finished(work, size, name) for name in rows_of_size(size)}
     if not seeds["default"]:
         raise DataError("no finished run of the default", where=work, hint="Train first, without --only measure.")
     config = run_config(run_folder(work, size, "default", seeds["default"][0]))
@@ -49,7 +49,7 @@ def measure(work: Path, size: int, data: Path | None, command: Sequence[str]) ->
     rows: dict[str, Any] = {}
     drawn: dict[str, NDArray[np.float64]] = {}
     for name, found in progress(list(seeds.items()), "reading predictions"):
-        rows[name] = {"title": ROWS[name].title, "settings": dict(ROWS[name].settings), "seeds": found}
+        rows[name] = {"title": rows_of_size(size)[name].title, "settings": dict(ROWS[name].settings), "seeds": found}
         if found:
             runs = [run_folder(work, size, name, seed) for seed in found]
             drawn[name] = _samples([read_csv(run / "predictions-test.csv") for run in runs], counts)
@@ -170,7 +170,7 @@ def _log(run: Path) -> list[dict[str, float]]:
 def _times(work: Path, size: int, seeds: dict[str, list[int]], config: Config, train_rows: int) -> dict[str, Any]:
     """Cost of each net, times in turns, and the training seconds to the peers' best validation AUC."""
     nets = [_net(name, run_folder(work, size, name, found[0]), config) for name, found in seeds.items() if found]
-    same = [net for net in nets if ROWS[net.name].settings.keys() <= {"data.slab", "model.cell", "model.seq"}]
+    same = [net for net in nets if _is_of_a_kind(ROWS[net.name])]
     steps = config.data.num_frames
     measured = measure_times(same, config, frames=steps, batch=BATCH, rounds=ROUNDS)
     found: dict[str, Any] = {net.name: cost(net, steps) | times for net, times in zip(same, measured, strict=True)}
@@ -180,6 +180,11 @@ def _times(work: Path, size: int, seeds: dict[str, list[int]], config: Config, t
         if ROWS[name].peer:
             found[name]["to_its_best"] = [_race(work, size, name, seed, epoch) for seed in seeds[name]]
     return found
+
+
+def _is_of_a_kind(row: Row) -> bool:
+    """Whether a row differs from the plain one in what takes time: the net, on clips that it can read."""
+    return {key for key, value in row.settings.items() if PLAIN.get(key) != value} <= {"model.cell", "model.seq"}
 
 
 def _race(work: Path, size: int, peer: str, seed: int, epoch: dict[str, float]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from adrenal_rows import RECIPES, ROWS, run_folder
+from adrenal_rows import DEFAULT_IS, RECIPES, ROWS, rows_of_size, run_folder
 from article import seeds_of
 from measuring import Parser, exit_code
 from training_jobs import Job, check_settings, run_jobs, train_command
@@ -38,7 +38,7 @@ def jobs(
         for seed in peer_seeds if row.peer else seeds:
             run = run_folder(work, size, name, seed)
             if row.peer:
-                command = partial(peer_command, run_folder(work, size, "single", seed), row.peer, run)
+                command = partial(peer_command, run_folder(work, size, "plain", seed), row.peer, run)
             else:
                 check_settings(run, wanted_config(size, name, seed, data))
                 command = partial(own_command, size, name, seed, run, data)
@@ -65,7 +65,7 @@ def own_command(size: int, name: str, seed: int, run: Path, data: Path | None) -
 
 
 def peer_command(ours: Path, net: str, run: Path) -> list[str]:
-    """A 3-D ResNet on what our run without slabs of the same seed read; it goes on by itself."""
+    """A 3-D ResNet on what our plain run of the same seed read; it goes on by itself."""
     return [*PEER, str(ours), "--net", net, "--out", str(run)]
 
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="adrenalmnist3d_64.npz for --size 64")
     parser.add_argument("--out", type=Path, default=Path("docs/volume"), help="where table and picture are written")
     parser.add_argument("--work", type=Path, default=Path("runs/adrenal"), help="run folders; default runs/adrenal")
-    parser.add_argument("--rows", type=rows_of, default=tuple(ROWS), help=f"of {','.join(ROWS)}; default: all")
+    parser.add_argument("--rows", type=rows_of, help=f"of {','.join(ROWS)}; default: all")
     parser.add_argument("--seeds", type=seeds_of, default=(0, 1, 2, 3, 4), help="default: 0,1,2,3,4")
     parser.add_argument("--peer-seeds", type=seeds_of, default=(0,), help="of the 3-D ResNets, default: 0")
     parser.add_argument("--minutes", type=float, default=9, help="of training in this call; 0: no limit; default 9")
@@ -95,12 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--minutes must not be negative")
     if options.size == 64 and options.data_dir is None:
         parser.error("--size 64 needs --data-dir FILE, adrenalmnist3d_64.npz of MedMNIST")
+    known = rows_of_size(options.size)
+    if not set(options.rows or known) <= set(known):
+        parser.error(f"--rows: at --size {options.size} {DEFAULT_IS[options.size]} is what default does")
     data = None if options.data_dir is None else options.data_dir.resolve()
     work, command = options.work.resolve(), ["python", "tools/reproduce_adrenal.py", *words]
 
     def work_on() -> int:
         if options.only != "measure":
-            wanted = jobs(work, options.size, data, options.rows, options.seeds, options.peer_seeds)
+            wanted = jobs(work, options.size, data, options.rows or tuple(known), options.seeds, options.peer_seeds)
             code = run_jobs(wanted, options.minutes, shlex.join(command))
             if code or options.only == "train":
                 return code
