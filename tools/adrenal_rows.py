@@ -39,7 +39,7 @@ ROWS = {
     "slab": Row("slabs of 3 slices as channels", {**PLAIN, "data.slab": "3"}),
     "drop": Row("slices dropped in training, up to 60 %", {**PLAIN, "data.augment.drop_steps": "0.6"}),
     "gaps": Row(
-        "the same, and the gaps enter the GRU",
+        "slices dropped in training, and the gaps enter the GRU",
         {**PLAIN, "data.augment.drop_steps": "0.6", "model.use_gaps": "true"},
     ),
 }
