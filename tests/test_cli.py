@@ -45,6 +45,10 @@ def test_flags_grow_only_on_purpose() -> None:
             *("paths", "--model", "--out", "--format", "--top-k", "--views", "--series", "--windows"),
             *("--window-seconds", "--min-confidence", "--explain", "--device", "--volume", "--max-memory", "--set"),
         ],
+        "stream": [
+            *("source", "--model", "--out", "--every", "--top-k", "--size", "--fps"),
+            *("--step-seconds", "--restart", "--device"),
+        ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
         "data list": [],
         "data info": ["name_or_folder", "--data-dir", "--out", "--volume", "--max-memory", "--series", "--set"],
@@ -66,7 +70,7 @@ def test_help_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["train"], ["eval"], ["infer"], ["data", "list"], ["data", "info"], ["data", "check"]]
+    "command", [["train"], ["eval"], ["infer"], ["stream"], ["data", "list"], ["data", "info"], ["data", "check"]]
 )
 def test_every_command_shows_examples(typed, command: list[str]) -> None:
     code, out, _ = typed(*command, "--help")
