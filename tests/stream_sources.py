@@ -3,6 +3,8 @@
 import contextlib
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -45,7 +47,10 @@ def ffmpeg(*arguments: object) -> bytes:
 
 
 class _Files(BaseHTTPRequestHandler):
-    """Files of a folder, by ranges as video players ask for them; endless/NAME has no length, and cannot seek."""
+    """Files of a folder, by ranges as video players ask for them.
+
+    endless/NAME has no length and cannot seek; stalls/NAME is the same, and halfway nothing more comes.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -58,18 +63,23 @@ class _Files(BaseHTTPRequestHandler):
         if name == "silent":
             self.release.wait(30)
             return
-        path = self.folder / name.removeprefix("endless/")
+        path = self.folder / name.removeprefix("endless/").removeprefix("stalls/")
         if not path.is_file():
             self.send_error(404)
             return
         content = path.read_bytes()
-        if name.startswith("endless/"):
+        if name.startswith(("endless/", "stalls/")):
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             with contextlib.suppress(ConnectionError):
-                for chunk in (*(content[place : place + 4096] for place in range(0, len(content), 4096)), b""):
+                for place in range(0, len(content), 4096):
+                    chunk = content[place : place + 4096]
                     self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+                    if name.startswith("stalls/") and place > len(content) / 2:
+                        self.release.wait(30)
+                        return
+                self.wfile.write(b"0\r\n\r\n")
             return
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start = int(found[1]) if found else 0
@@ -102,3 +112,58 @@ def web_server(folder: Path) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def rtp_of(source: Path, sdp: Path) -> tuple[str, list[bytes]]:
+    """A video as FFmpeg sends it by RTP: its description, and all packets."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**22)
+        receiver.bind(("127.0.0.1", 0))
+        port = receiver.getsockname()[1]
+        ffmpeg("-re", "-i", source, "-an", "-c:v", "copy", "-sdp_file", sdp, "-f", "rtp", f"rtp://127.0.0.1:{port}")
+        receiver.settimeout(1)
+        packets = []
+        with contextlib.suppress(TimeoutError):
+            while packet := receiver.recv(65_536):
+                packets.append(packet)
+    description = re.sub(r"m=video \d+", "m=video 0", sdp.read_text().partition("SDP:\n")[2] or sdp.read_text())
+    return description + "a=control:track\n", packets
+
+
+@contextlib.contextmanager
+def rtsp_server(description: str, packets: list[bytes]) -> Iterator[str]:
+    """A camera as far as a client can tell (RFC 2326, with RTP in the same connection: section 10.12), for one call."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def talk() -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rwb") as file:
+                while request := file.readline().decode():
+                    lines = iter(lambda: file.readline().decode().strip(), "")
+                    headers = dict(line.split(": ", 1) for line in lines)
+                    method = request.split()[0]
+                    reply = {"CSeq": headers["CSeq"], "Session": "1"}
+                    body = description if method == "DESCRIBE" else ""
+                    if method == "OPTIONS":
+                        reply["Public"] = "DESCRIBE, SETUP, PLAY, TEARDOWN"
+                    elif method == "DESCRIBE":
+                        reply |= {"Content-Type": "application/sdp", "Content-Length": str(len(body))}
+                    elif method == "SETUP":
+                        reply["Transport"] = "RTP/AVP/TCP;unicast;interleaved=0-1"
+                    text = "".join(f"{name}: {value}\r\n" for name, value in reply.items())
+                    file.write(f"RTSP/1.0 200 OK\r\n{text}\r\n{body}".encode())
+                    file.flush()
+                    if method == "PLAY":
+                        for packet in packets:
+                            file.write(b"$\0" + struct.pack(">H", len(packet)) + packet)
+                        file.flush()
+                        return  # the camera is switched off
+
+    thread = threading.Thread(target=talk, daemon=True)
+    thread.start()
+    try:
+        yield f"rtsp://127.0.0.1:{listener.getsockname()[1]}/live"
+    finally:
+        listener.close()
+        thread.join(10)

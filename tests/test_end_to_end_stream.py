@@ -14,6 +14,9 @@ import pytest
 from command_line import videogru
 from stream_sources import ffmpeg, web_server, write_stream_model
 
+from videogru.data import video_stream
+from videogru.deploy.stream import StreamClassifier
+
 
 @pytest.fixture(scope="module")
 def clip(shared_data: Path) -> Path:
@@ -90,6 +93,26 @@ def test_a_signal_ends_it_with_all_written(model: Path, tmp_path: Path, stop: si
     assert b"interrupted after 20 frames read, 0 dropped" in said and b"Traceback" not in said
     # 20 frames: 0.04, 0.12, ..., 1.56 seconds; the last is written although its half second was not over.
     assert [record["seconds"] for record in records(out.read_text())] == [0.04, 0.6, 1.08, 1.56]
+
+
+def test_an_interrupt_of_what_is_live(clip: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffmpeg("-i", clip, "-an", "-c:v", "mpeg2video", tmp_path / "camera.ts")
+    read, times = StreamClassifier.read, []
+
+    def interrupted(self, pixels, seconds, **more):
+        times.append(seconds)
+        if len(times) == 2:
+            raise KeyboardInterrupt
+        return read(self, pixels, seconds, **more)
+
+    monkeypatch.setattr(StreamClassifier, "read", interrupted)
+    monkeypatch.setattr(video_stream, "TIMEOUT_SECONDS", 60.0)
+    with web_server(tmp_path) as address:
+        started = time.monotonic()
+        done = videogru("stream", f"{address}/stalls/camera.ts", "--model", model)
+        assert time.monotonic() - started < 28  # the source is silent for longer
+    assert done.code == 130 and "interrupted after 1 frames read" in done.err
+    assert [record["seconds"] for record in records(done.out)] == times[:1]
 
 
 def test_who_reads_may_stop_reading(clip: Path, model: Path) -> None:

@@ -1,12 +1,13 @@
 """Files, addresses, cameras and raw bytes as streams: the same pixels and times by whatever way they come."""
 
+import contextlib
 import io
 import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
-from stream_sources import ffmpeg, web_server
+from stream_sources import ffmpeg, rtp_of, rtsp_server, web_server
 
 from videogru.config import DataConfig
 from videogru.data import video_stream
@@ -136,6 +137,27 @@ def test_what_has_no_end_is_live_and_counts_from_zero(clip: Path, tmp_path: Path
     assert np.array_equal(pixels, whole(opened(tmp_path / "camera.ts"))[0])
 
 
+def test_a_camera_by_rtsp(tmp_path: Path) -> None:
+    video = tmp_path / "camera.mp4"
+    ffmpeg(
+        "-f", "lavfi", "-i", "testsrc2=size=96x64:rate=10:duration=2", "-c:v", "libx264", "-pix_fmt", "yuv420p", video
+    )
+    expected, _ = whole(opened(video))
+    with rtsp_server(*rtp_of(video, tmp_path / "camera.sdp")) as address:
+        stream = opened(address)
+        assert stream.is_live and stream.extent is None
+        frames = []
+        with contextlib.suppress(SourceError):  # how FFmpeg takes the end of the connection differs
+            for frame in stream.frames(EVERY):
+                frames.append(frame)
+        stream.close()
+    assert 18 <= len(frames) <= 20  # who joins late misses what comes before the first key frame
+    for frame in frames:
+        assert any(np.array_equal(frame.pixels, picture) for picture in expected)
+    np.testing.assert_allclose(np.diff([frame.seconds for frame in frames]), 0.1, atol=0.01)
+    assert frames[0].seconds == 0
+
+
 def test_time_that_jumps_goes_on(tmp_path: Path) -> None:
     source = ("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=10:duration=1", "-c:v", "mpeg2video")
     for name, offset in (("a", 100), ("b", 3000), ("c", 5)):
@@ -172,6 +194,18 @@ def test_addresses_that_give_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert "secret" not in str(caught.value) and f"{scheme}://127.0.0.1:{port}/live" in str(caught.value)
     with pytest.raises(ConfigError, match="begin with rtsp, rtsps, http, https, not ftp"):
         opened("ftp://127.0.0.1/a.mp4")
+
+
+def test_a_camera_that_falls_silent(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffmpeg("-i", clip, "-an", "-c:v", "mpeg2video", "-q:v", "2", tmp_path / "camera.ts")
+    monkeypatch.setattr(video_stream, "TIMEOUT_SECONDS", 1.0)
+    seen: list = []
+    with web_server(tmp_path) as address:
+        stream = opened(f"{address}/stalls/camera.ts")
+        with pytest.raises(SourceError, match="stalls/camera.ts: nothing came for 1 seconds"):
+            seen.extend(stream.frames(EVERY))
+        stream.close()
+    assert 20 < len(seen) < 75
 
 
 def test_an_address_opens_no_file_of_this_machine(clip: Path, tmp_path: Path) -> None:
