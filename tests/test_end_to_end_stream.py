@@ -14,7 +14,6 @@ import pytest
 from command_line import videogru
 from stream_sources import ffmpeg, web_server, write_stream_model
 
-from videogru.data import video_stream
 from videogru.deploy.stream import StreamClassifier
 
 
@@ -106,13 +105,10 @@ def test_an_interrupt_of_what_is_live(clip: Path, model: Path, tmp_path: Path, m
         return read(self, pixels, seconds, **more)
 
     monkeypatch.setattr(StreamClassifier, "read", interrupted)
-    monkeypatch.setattr(video_stream, "TIMEOUT_SECONDS", 60.0)
     with web_server(tmp_path) as address:
-        started = time.monotonic()
-        done = videogru("stream", f"{address}/stalls/camera.ts", "--model", model)
-        assert time.monotonic() - started < 28  # the source is silent for longer
+        done = videogru("stream", f"{address}/endless/camera.ts", "--model", model)
     assert done.code == 130 and "interrupted after 1 frames read" in done.err
-    assert [record["seconds"] for record in records(done.out)] == times[:1]
+    assert [record["seconds"] for record in records(done.out)] == [round(times[0], 6)]
 
 
 def test_who_reads_may_stop_reading(clip: Path, model: Path) -> None:

@@ -19,6 +19,7 @@ from videogru.data.sources import open_source, read_clip
 from videogru.data.streams import open_stream
 from videogru.data.transforms import prepare_clip
 from videogru.data.video_stream import StreamFrame
+from videogru.deploy import live
 from videogru.deploy.live import NewestFrames
 from videogru.deploy.stream import Progress, StreamClassifier, follow, parse_size, step_seconds_of
 from videogru.deploy.stream_output import LiveLine, RecordWriter
@@ -180,7 +181,7 @@ class Scripted:
     def give(self, count: int) -> None:
         for _ in range(count):
             self.go.release()
-            self.given.acquire()
+            assert self.given.acquire(timeout=60)
 
 
 def test_a_slow_reader_gets_the_newest_frame_and_the_others_are_counted() -> None:
@@ -225,6 +226,18 @@ def test_who_leaves_early_does_not_wait_for_the_source() -> None:
     assert stream.closed
 
 
+def test_who_leaves_while_the_source_is_silent_leaves_it_to_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "_JOIN_SECONDS", 0.1)
+    stream = Scripted(5)
+    with NewestFrames(stream, lambda begins, ends: True) as newest:
+        stream.give(1)
+        next(iter(newest))
+    assert not stream.closed  # a read is under way
+    stream.go.release()  # the thread sees that nobody waits, and ends
+    newest._thread.join(30)
+    assert not newest._thread.is_alive()
+
+
 def test_a_slow_model_drops_frames_of_what_is_live_only(clip: Path, tmp_path: Path) -> None:
     """A real endless stream; and the same frames from a file are all read, however slow the model is."""
     from stream_sources import ffmpeg
@@ -240,11 +253,11 @@ def test_a_slow_model_drops_frames_of_what_is_live_only(clip: Path, tmp_path: Pa
 
     classifier.read = slow
     with web_server(tmp_path) as address:
-        for source, live in ((f"{address}/endless/a.ts", True), (tmp_path / "a.ts", False)):
+        for source, is_live in ((f"{address}/endless/a.ts", True), (tmp_path / "a.ts", False)):
             stream, progress = open_stream(str(source), data=predictor.data), Progress()
             seconds = [at for at, _ in follow(stream, classifier, step_seconds=None, progress=progress)]
             assert np.diff(seconds).min() > 0 and len(seconds) == progress.read
-            if live:
+            if is_live:
                 assert progress.dropped > 10 and progress.read + progress.dropped == 75
             else:
                 assert (progress.read, progress.dropped) == (75, 0)
