@@ -45,6 +45,10 @@ def test_flags_grow_only_on_purpose() -> None:
             *("paths", "--model", "--out", "--format", "--top-k", "--views", "--series", "--windows"),
             *("--window-seconds", "--min-confidence", "--explain", "--device", "--volume", "--max-memory", "--set"),
         ],
+        "stream": [
+            *("source", "--model", "--out", "--every", "--top-k", "--size", "--fps"),
+            *("--step-seconds", "--restart", "--device"),
+        ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
         "model show": ["run_or_model"],
         "model verify": ["runs_or_models"],
@@ -83,6 +87,7 @@ def test_help_is_light() -> None:
         ["train"],
         ["eval"],
         ["infer"],
+        ["stream"],
         ["data", "list"],
         ["data", "info"],
         ["data", "check"],

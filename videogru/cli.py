@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from videogru import __version__
+from videogru import __version__, cli_stream
 from videogru.cli_data import data_app
 from videogru.cli_model import model_app
 from videogru.errors import ConfigError, VideogruError
@@ -47,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
+app.command(epilog=cli_stream.EXAMPLES)(cli_stream.stream)
 
 
 # A full disk, missing rights, a name too long: nothing that a traceback would explain.
