@@ -46,6 +46,8 @@ def test_flags_grow_only_on_purpose() -> None:
             *("--window-seconds", "--min-confidence", "--explain", "--device", "--volume", "--max-memory", "--set"),
         ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
+        "export": ["run_or_model", "--format", "--precision", "--step", "--max-drop", "--out", "--data-dir"],
+        "bench": ["models", "--split", "--threads", "--batch-size", "--rounds", "--data-dir", "--out"],
         "data list": [],
         "data info": ["name_or_folder", "--data-dir", "--out", "--volume", "--max-memory", "--series", "--set"],
         "data check": ["name_or_folder", "--data-dir", "--out", "--set"],
@@ -66,7 +68,8 @@ def test_help_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["train"], ["eval"], ["infer"], ["data", "list"], ["data", "info"], ["data", "check"]]
+    "command",
+    [["train"], ["eval"], ["infer"], ["export"], ["bench"], ["data", "list"], ["data", "info"], ["data", "check"]],
 )
 def test_every_command_shows_examples(typed, command: list[str]) -> None:
     code, out, _ = typed(*command, "--help")

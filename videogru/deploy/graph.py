@@ -1,0 +1,133 @@
+"""A classifier as a graph: raw frames in, probabilities out, normalization inside, batch and length free."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from videogru.deploy.scanned import scanned
+from videogru.errors import ConfigError
+from videogru.models.classifier import Classifier
+
+# A graph is traced with these; ones would be taken for constants.
+_BATCH, _LENGTH = 2, 5
+
+
+class Served(nn.Module):
+    """Clips, as `Classifier` takes them, to probabilities (B K) float32."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, frames: Tensor, lengths: Tensor, gaps: Tensor | None = None) -> Tensor:
+        """Softmax of the logits."""
+        probabilities: Tensor = self.classifier(frames, lengths, gaps).softmax(dim=-1)
+        return probabilities
+
+
+def input_names(classifier: Classifier) -> tuple[str, ...]:
+    """What the graph reads."""
+    return ("frames", "lengths", "gaps") if classifier.config.use_gaps else ("frames", "lengths")
+
+
+def to_onnx(classifier: Classifier, frame_type: torch.dtype) -> Any:
+    """The graph as an ONNX model (onnx.ModelProto), fp32. Raises ConfigError where the model has none."""
+    examples, shapes = _traced_with(classifier, frame_type)
+    module = Served(scanned(classifier, torch_layers=False)).eval()
+    return onnx_of(module, examples, shapes, input_names(classifier), ("probabilities",))
+
+
+def onnx_of(
+    module: nn.Module,
+    examples: tuple[Any, ...],
+    shapes: dict[str, Any] | tuple[Any, ...],
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+) -> Any:
+    """A module as an ONNX model. Raises ConfigError where it cannot be traced."""
+    with _quiet(), _refusing("onnx"):
+        program = torch.onnx.export(
+            module,
+            examples,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def to_pt2(classifier: Classifier, frame_type: torch.dtype, path: Path, *, half: bool) -> None:
+    """Write the graph as a program of torch.export.
+
+    half: the encoder, in which nearly all the time goes, computes in float16; the recurrent part and the head stay in
+    float32, as under autocast.
+    """
+    examples, shapes = _traced_with(classifier, frame_type)
+    copy = scanned(classifier, torch_layers=True)
+    if half:
+        copy.normalize.half()
+        copy.encoder.half()
+    write_program(Served(copy).eval(), examples, shapes, path)
+
+
+def write_program(
+    module: nn.Module, examples: tuple[Any, ...], shapes: dict[str, Any] | tuple[Any, ...], path: Path
+) -> None:
+    """Write a module as a program of torch.export. Raises ConfigError where it cannot be traced."""
+    with _quiet(), _refusing("pt2"), _without_autocast(), torch.no_grad():
+        program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
+        program.example_inputs = None  # they would be stored as a pickle
+        torch.export.save(program, path)
+
+
+def _traced_with(classifier: Classifier, frame_type: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs and which of their axes are free."""
+    # With named dimensions an export may succeed and freeze the length; DYNAMIC raises where an axis is frozen.
+    free = torch.export.Dim.DYNAMIC
+    side = classifier.frame_size
+    frames = torch.zeros(_BATCH, _LENGTH, classifier.in_channels, side, side, dtype=frame_type)
+    examples: list[Any] = [frames, torch.tensor([_LENGTH, _LENGTH - 2])]
+    shapes: dict[str, Any] = {"frames": {0: free, 1: free}, "lengths": {0: free}}
+    if classifier.config.use_gaps:
+        examples.append(torch.ones(_BATCH, _LENGTH))
+        shapes["gaps"] = {0: free, 1: free}
+    return tuple(examples), shapes
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters warn of their own insides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _refusing(format: str) -> Iterator[None]:
+    """What an exporter cannot trace, as an error that says so."""
+    try:
+        yield
+    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ConfigError(
+            f"this model cannot be exported to {format}: {lines[0]}", hint="Please report it with the model's settings."
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """The layers switch autocast off around themselves; a program would store that as a pair of calls that is refused."""
+    switched = torch.autocast
+    torch.autocast = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.autocast = switched  # type: ignore[misc]

@@ -1,0 +1,80 @@
+"""Answer stored cases with an exported model, in a process of its own that knows nothing but the folder.
+
+    python -m videogru.deploy.replay FOLDER CASES.npz ANSWERS.npz
+
+CASES.npz holds arrays NUMBER/INPUT; ANSWERS.npz gets NUMBER/OUTPUT. Imports no torch unless the runtime is torch.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import videogru
+from videogru.exported.folder import read_export_card
+from videogru.exported.run import open_exported
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class ReplayFailed(Exception):
+    """The process of an exported model ended without answers; the message is the last line that it said."""
+
+
+def replay(folder: Path, cases: Sequence[Arrays]) -> list[Arrays]:
+    """What the exported model in `folder` answers to each case (inputs by name), from a fresh process.
+
+    Raises ReplayFailed where it cannot.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        asked, answered = Path(place) / "cases.npz", Path(place) / "answers.npz"
+        np.savez(asked, **{f"{n}/{name}": array for n, case in enumerate(cases) for name, array in case.items()})
+        command = [sys.executable, "-m", "videogru.deploy.replay", str(folder), str(asked), str(answered)]
+        ended = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
+        if ended.returncode:
+            lines = [line for line in ended.stderr.splitlines() if line.strip()]
+            raise ReplayFailed(lines[-1] if lines else f"ended with status {ended.returncode}")
+        return _numbered(answered, len(cases))
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a fresh process that finds this very package, installed or not."""
+    root = str(Path(videogru.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def _numbered(path: Path, count: int) -> list[Arrays]:
+    found: dict[int, Arrays] = defaultdict(dict)
+    with np.load(path, allow_pickle=False) as stored:
+        for key in stored.files:
+            number, _, name = key.partition("/")
+            found[int(number)][name] = stored[key]
+    return [found[number] for number in range(count)]
+
+
+def main(words: Sequence[str]) -> int:
+    """Read, answer, write."""
+    folder, asked, answered = map(Path, words)
+    card, exported = read_export_card(folder), open_exported(folder)
+    with np.load(asked, allow_pickle=False) as stored:
+        count = len({key.partition("/")[0] for key in stored.files})
+    answers: Arrays = {}
+    for number, case in enumerate(_numbered(asked, count)):
+        if card.step:
+            said = exported.step(case)
+        else:
+            said = {"probabilities": exported.probabilities(case["frames"], case["lengths"], case.get("gaps"))}
+        answers |= {f"{number}/{name}": array for name, array in said.items()}
+    np.savez(answered, **answers)  # type: ignore[arg-type]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
