@@ -261,6 +261,9 @@ class ModelConfig(Settings):
         "order-free twin",
     )
     temporal: Literal["bi", "causal"] = "bi"
+    lookahead: int = Field(
+        0, ge=0, le=1024, description="further steps that each step's output sees, for temporal=causal; 0: none"
+    )
     hidden_size: int = Field(128, ge=1, le=16_384, description="units per direction")
     num_layers: int = Field(1, ge=1, le=64)
     residual: bool = Field(False, description="add each recurrent layer's input to its output, projected to its width")
@@ -285,6 +288,14 @@ class ModelConfig(Settings):
     def _causal_sees_no_next_frame(self) -> "ModelConfig":
         if self.temporal == "causal" and self.frame_differences == "both":
             raise ValueError("model.temporal=causal knows no next frame: use model.frame_differences=past")
+        return self
+
+    @model_validator(mode="after")
+    def _ahead_there_is_something(self) -> "ModelConfig":
+        if self.lookahead and self.temporal != "causal":
+            raise ValueError("model.lookahead is for model.temporal=causal: bi sees all steps")
+        if self.lookahead and self.pooling == "last":
+            raise ValueError("model.lookahead does nothing with model.pooling=last, which has no step ahead: use mean")
         return self
 
 

@@ -14,6 +14,7 @@ ClipFrames = UInt8[Tensor, "T C H W"] | Float32[Tensor, "T C H W"]
 # Of another size or other channels than the frames they were made from.
 MadeFrames = UInt8[Tensor, "T C2 H2 W2"] | Float32[Tensor, "T C2 H2 W2"]
 BatchFrames = UInt8[Tensor, "B T C H W"] | Float[Tensor, "B T C H W"]
+StreamFrames = UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"]  # one of each stream
 Positions = Float64[Tensor, " T"]
 Gaps = Float32[Tensor, "B T"]
 Lengths = Int64[Tensor, " B"]

@@ -3,11 +3,12 @@
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from videogru.models.serialize import valid_steps
+from videogru.models.streaming import Slot, State
 from videogru.shapes import Lengths, Steps
 
 _SHORTEST_BLOCK = 16  # queries that share one matrix product; one by one would be slower
@@ -36,6 +37,7 @@ class LocalAttention(nn.Module):
         self.ahead = 0 if causal else radius
         self.heads = heads
         inner = heads * math.ceil(size / heads)
+        self.inner = inner
         self.norm = nn.LayerNorm(size)
         self.query = nn.Linear(size, inner)
         # No bias here: it would move all scores of a query alike, and a mean of values by a constant.
@@ -59,6 +61,35 @@ class LocalAttention(nn.Module):
             added = self.project(self._attend(self.norm(steps), valid))
             outputs: Tensor = (steps + added).masked_fill(padded, 0.0)
             return outputs
+
+    def slots(self) -> dict[str, Slot]:
+        """What a stream keeps: keys and values of the steps before the next one."""
+        return {name: Slot((self.radius, self.inner)) for name in ("keys", "values")}
+
+    def step(self, steps: Steps, state: State, before: Int64[Tensor, " B"]) -> tuple[Steps, State]:
+        """N more steps (B N D), each with what those before it add, and what to keep; only where `causal`.
+
+        before: (B,) steps that the streams had. Place w of the N + radius keys is w - radius - q steps from query q.
+        """
+        with torch.autocast(steps.device.type, enabled=False):
+            if steps.dtype in (torch.bfloat16, torch.float16):
+                steps = steps.float()
+            normed, N = self.norm(steps), steps.shape[1]
+            keys = torch.cat((state["keys"], self.key(normed)), dim=1)
+            values = torch.cat((state["values"], self.value(normed)), dim=1)
+            places = torch.arange(keys.shape[1], device=steps.device)
+            offsets = places - torch.arange(N, device=steps.device).unsqueeze(1)
+            near = (offsets >= 0) & (offsets <= self.radius)
+            bias = self.position_bias[:, offsets.clamp(0, self.radius)]
+            there = before.unsqueeze(1) + places >= self.radius
+
+            queries, of_head = self.query(normed).unflatten(-1, (self.heads, -1)), (self.heads, -1)
+            scores = torch.einsum("bqhd,bwhd->bhqw", queries, keys.unflatten(-1, of_head))
+            scores = scores / math.sqrt(queries.shape[-1]) + bias
+            share = scores.masked_fill(~(near & there[:, None, None, :]), -math.inf).softmax(-1)
+            means = torch.einsum("bhqw,bwhd->bqhd", share, values.unflatten(-1, of_head))
+            outputs: Tensor = steps + self.project(means.flatten(2))
+            return outputs, {"keys": keys[:, N:], "values": values[:, N:]}
 
     def _attend(self, steps: Steps, valid: Bool[Tensor, "B S"]) -> Float[Tensor, "B S inner"]:
         """All heads' weighted means of values.
@@ -111,9 +142,12 @@ class MultiheadPooling(nn.Module):
     def forward(self, outputs: Float[Tensor, "B S F"], lengths: Lengths) -> Float[Tensor, "B F"]:
         """One vector per clip; padded steps never count."""
         padded = ~valid_steps(lengths, outputs.shape[1]).unsqueeze(-1)
-        states = outputs.masked_fill(padded, 0.0)
-        keys, values = (linear(states).unflatten(-1, self.queries.shape) for linear in (self.key, self.value))
-        scores = (keys * self.queries).sum(-1) / math.sqrt(self.queries.shape[1])
+        values, scores = self.of_steps(outputs.masked_fill(padded, 0.0))
         share = scores.masked_fill(padded, -math.inf).softmax(1)
         pooled: Tensor = self.project((values * share.unsqueeze(-1)).sum(1).flatten(1))
         return pooled
+
+    def of_steps(self, states: Float[Tensor, "B S F"]) -> tuple[Float[Tensor, "B S P d"], Float[Tensor, "B S P"]]:
+        """What each of the P heads would take of each step, and with what score."""
+        keys, values = (linear(states).unflatten(-1, self.queries.shape) for linear in (self.key, self.value))
+        return values, (keys * self.queries).sum(-1) / math.sqrt(self.queries.shape[1])

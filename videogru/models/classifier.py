@@ -5,15 +5,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from videogru.config import ModelConfig
+from videogru.errors import ConfigError
 from videogru.models.attention import LocalAttention
 from videogru.models.conv_gru import ConvRecurrent
-from videogru.models.differences import PLANES, add_differences
+from videogru.models.differences import PLANES, add_difference, add_differences
 from videogru.models.encoder import build_encoder
 from videogru.models.gaps import GapEmbedding
 from videogru.models.head import Head
+from videogru.models.lookahead import Lookahead
 from videogru.models.recurrent import Recurrent
 from videogru.models.serialize import serialize, step_size, steps_per_frame, valid_steps
-from videogru.shapes import BatchFrames, FeatureMaps, Gaps, Lengths, Logits
+from videogru.models.streaming import Slot, State, check_state, fresh_state, of_part, prefixed, what_reads_ahead
+from videogru.shapes import BatchFrames, FeatureMaps, Gaps, Lengths, Logits, StreamFrames
 
 
 class Normalize(nn.Module):
@@ -65,7 +68,7 @@ class Classifier(nn.Module):
         self.std = std
         self.normalize = Normalize(mean, std)
         self.encoder = build_encoder(model, in_channels=in_channels, frame_size=frame_size)
-        h, w = self.encoder.map_size(in_channels * PLANES[model.frame_differences], frame_size)
+        h, w = self.map_size = self.encoder.map_size(in_channels * PLANES[model.frame_differences], frame_size)
         self.steps_per_frame = steps_per_frame(model.seq, h, w)
         size = step_size(model.seq, self.encoder.out_channels, h, w)
         self.recurrent = (ConvRecurrent if model.cell == "convgru" else Recurrent)(model, size)
@@ -78,6 +81,9 @@ class Classifier(nn.Module):
         self.gap_embedding: GapEmbedding | None = None
         if model.use_gaps:
             self.gap_embedding = GapEmbedding(size, causal=model.temporal == "causal")
+        self.lookahead: Lookahead | None = None
+        if model.lookahead:
+            self.lookahead = Lookahead(self.recurrent.out_size, model.lookahead)
         self.encoder.to(memory_format=torch.channels_last)
 
     def forward(self, frames: BatchFrames, lengths: Lengths, gaps: Gaps | None = None) -> Logits:
@@ -94,10 +100,7 @@ class Classifier(nn.Module):
 
         gaps: (B T), of `SequenceBatch`; only a model with use_gaps needs them, and raises ValueError without.
         """
-        c, h, w = frames.shape[2:]
-        if c != self.in_channels or h != self.frame_size or w != self.frame_size:
-            wanted = f"(B T {self.in_channels} {self.frame_size} {self.frame_size})"
-            raise ValueError(f"frames are (B T {c} {h} {w}), but this model takes {wanted}")
+        self._check_shape(frames, "B T")
         return self.features_of_maps(self._maps(frames, lengths), lengths, gaps)
 
     def maps(self, frames: BatchFrames, lengths: Lengths) -> Float[Tensor, "B T D h w"]:
@@ -120,7 +123,7 @@ class Classifier(nn.Module):
             if added is not None:
                 maps = maps + added[:, :, :, None, None]
             states: Tensor = self.recurrent(maps, lengths)
-            return states, lengths
+            return self._look_ahead(states), lengths
         step_lengths = lengths * self.steps_per_frame
         steps = serialize(maps, self.config.seq)
         if added is not None:
@@ -128,7 +131,96 @@ class Classifier(nn.Module):
         if self.local_attention is not None:
             steps = self.local_attention(steps, step_lengths)
         outputs: Tensor = self.recurrent(steps, step_lengths)
-        return outputs, step_lengths
+        return self._look_ahead(outputs), step_lengths
+
+    def _look_ahead(self, states: Float[Tensor, "B S F"]) -> Float[Tensor, "B S F"]:
+        if self.lookahead is None:
+            return states
+        mixed: Tensor = self.lookahead(states)
+        return mixed
+
+    def _check_shape(self, frames: Tensor, axes: str) -> None:
+        c, h, w = frames.shape[-3:]
+        if c != self.in_channels or h != self.frame_size or w != self.frame_size:
+            wanted = f"({axes} {self.in_channels} {self.frame_size} {self.frame_size})"
+            raise ValueError(f"frames are ({axes} {c} {h} {w}), but this model takes {wanted}")
+
+    def initial_state(self, batch: int) -> State:
+        """The state of `batch` streams before their first frames, for `step`, on the device of the model.
+
+        Raises ConfigError where the model needs frames that a stream does not have yet.
+        """
+        if batch < 1:
+            raise ValueError(f"there is at least one stream, not {batch}")
+        return fresh_state(self._slots(), batch, self.head.linear.weight)
+
+    @torch.no_grad()
+    def step(self, frame: StreamFrames, state: State, gap: Float[Tensor, " B"] | None = None) -> tuple[Logits, State]:
+        """One more frame of each of B independent streams: the logits that `forward` gives for all of a stream so far.
+
+        frame: (B C H W), uint8 in 0..255 or float in 0..1; state: of `initial_state` or of the step before, which stays
+        as it is; gap: (B,) seconds or mm since the frame before, 0 for first frames; only a model with use_gaps needs
+        them. A state is a dict of contiguous tensors, streams first: index, join, save and move it. Time and memory do
+        not depend on how many frames came before. Without gradients, and only in eval mode. Raises ConfigError as
+        `initial_state`, ValueError where frame, state or gap are not what this model takes.
+        """
+        if self.training:
+            raise ValueError("step is for a model in eval mode: dropout and batch statistics have no place in a stream")
+        self._check_shape(frame, "B")
+        slots, batch = self._slots(), frame.shape[0]
+        if not torch.compiler.is_exporting():
+            check_state(state, slots, batch, self.head.linear.weight)
+        seen = state["frames"]
+        kept: State = {"frames": seen + 1}
+        if self.config.frame_differences == "past":
+            frame = self.normalize(frame)
+            kept["previous"] = frame
+            frame = add_difference(frame, state["previous"], seen == 0)
+        maps = self._encode(frame).unsqueeze(1)
+        added = self._gap_vectors(None if gap is None else gap.float().unsqueeze(1), torch.ones_like(seen))
+        before = seen * self.steps_per_frame
+        recurrent = of_part("recurrent", state)
+        if isinstance(self.recurrent, ConvRecurrent):
+            maps = maps if added is None else maps + added[:, :, :, None, None]
+            outputs, recurrent = self.recurrent.step(maps, recurrent)
+        else:
+            steps = serialize(maps, self.config.seq)
+            steps = steps if added is None else steps + added
+            if self.local_attention is not None:
+                steps, attention = self.local_attention.step(steps, of_part("attention", state), before)
+                kept |= prefixed("attention", attention)
+            outputs, recurrent = self.recurrent.step(steps, recurrent)
+        kept |= prefixed("recurrent", recurrent)
+        with torch.autocast(frame.device.type, enabled=False):
+            new = outputs.shape[1]
+            there = torch.ones(batch, new, dtype=torch.bool, device=outputs.device)
+            if self.lookahead is not None:
+                outputs, there, ahead = self.lookahead.step(outputs, of_part("lookahead", state), before)
+                kept |= prefixed("lookahead", ahead)
+            pooled = self.head.absorb(outputs[:, :new], there[:, :new], of_part("head", state))
+            kept |= prefixed("head", pooled)
+            if self.lookahead is not None:  # what will still change counts as it is now, and is not kept
+                pooled = self.head.absorb(outputs[:, new:], there[:, new:], pooled)
+            return self.head.answer(pooled), {name: tensor.contiguous() for name, tensor in kept.items()}
+
+    def _slots(self) -> dict[str, Slot]:
+        """Names and shapes of the tensors that a stream keeps."""
+        obstacle = what_reads_ahead(self.config)
+        if obstacle is not None:
+            raise ConfigError(
+                f"{obstacle} needs frames to come, which a stream does not have yet",
+                hint="Train with --set model.temporal=causal (and model.frame_differences none or past).",
+            )
+        side, convolved = self.frame_size, isinstance(self.recurrent, ConvRecurrent)
+        slots = {"frames": Slot((), counts=True)}
+        if self.config.frame_differences == "past":
+            slots["previous"] = Slot((self.in_channels, side, side))
+        parts = {"recurrent": self.recurrent.slots(self.map_size if convolved else ()), "head": self.head.slots()}
+        if self.local_attention is not None:
+            parts["attention"] = self.local_attention.slots()
+        if self.lookahead is not None:
+            parts["lookahead"] = self.lookahead.slots()
+        return slots | {f"{part}.{name}": slot for part, own in parts.items() for name, slot in own.items()}
 
     def _gap_vectors(self, gaps: Gaps | None, lengths: Lengths) -> Float[Tensor, "B T D"] | None:
         if self.gap_embedding is None:
@@ -153,6 +245,8 @@ class Classifier(nn.Module):
             parts["attention"] = self.local_attention
         if self.gap_embedding is not None:
             parts["gaps"] = self.gap_embedding
+        if self.lookahead is not None:
+            parts["lookahead"] = self.lookahead
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         return {**counts, "total": sum(counts.values()), "steps_per_frame": self.steps_per_frame}
 

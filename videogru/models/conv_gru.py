@@ -8,6 +8,7 @@ from videogru.config import ModelConfig
 from videogru.models.cells import init_gates
 from videogru.models.recurrent import Recurrent, reversed_order
 from videogru.models.serialize import valid_steps
+from videogru.models.streaming import State, of_part, prefixed
 from videogru.shapes import FeatureMaps, Lengths
 
 _KERNEL = 3
@@ -93,3 +94,16 @@ class ConvRecurrent(Recurrent):
                 states = outputs
             normed: Tensor = self.norm(states.mean(dim=(3, 4)))
             return normed.masked_fill(padded.unsqueeze(-1), 0.0)
+
+    def step(self, maps: FeatureMaps, state: State) -> tuple[Float[Tensor, "B N F"], State]:
+        """Mean states after each of N more maps (B N D h w), and what to keep; only where it is not bidirectional."""
+        with torch.autocast(maps.device.type, enabled=False):
+            states, kept = maps.float() if maps.dtype in (torch.bfloat16, torch.float16) else maps, State()
+            for index in range(len(self.forward_layers)):
+                outputs, after = self._go_on(index, states, of_part(str(index), state))
+                kept |= prefixed(str(index), after)
+                if len(self.shortcuts):
+                    outputs = outputs + self.shortcuts[index](states.flatten(0, 1)).unflatten(0, states.shape[:2])
+                states = outputs
+            normed: Tensor = self.norm(states.mean(dim=(3, 4)))
+            return normed, kept

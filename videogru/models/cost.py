@@ -13,6 +13,7 @@ _PARTS = {
     "gap_embedding": "gaps",
     "local_attention": "attention",
     "recurrent": "recurrent",
+    "lookahead": "lookahead",
     "head": "head",
 }
 
@@ -20,11 +21,11 @@ _PARTS = {
 def count_macs(classifier: Classifier, num_frames: int = 1) -> dict[str, int]:
     """Multiply-accumulates of one clip of `num_frames` frames, batch 1: encoder, recurrent, head and their total.
 
-    Local attention and the embedding of gaps are parts of their own, attention and gaps. Counted are convolutions and
-    matrix products (half of what torch's FlopCounterMode calls FLOPs) as they run on a CPU in eval mode; elementwise
-    work (norms, activations, the gating of a recurrent cell, pooling) and biases are not. An LSTM runs as one fused
-    operation that torch does not count; it costs steps * gates * hidden * (in + hidden). Raises ValueError where
-    num_frames < 1.
+    Local attention, the embedding of gaps and the lookahead are parts of their own: attention, gaps, lookahead. Counted
+    are convolutions and matrix products (half of what torch's FlopCounterMode calls FLOPs) as they run on a CPU in eval
+    mode; elementwise work (norms, activations, the gating of a recurrent cell, pooling) and biases are not. An LSTM
+    runs as one fused operation that torch does not count; it costs steps * gates * hidden * (in + hidden). Raises
+    ValueError where num_frames < 1.
     """
     if num_frames < 1:
         raise ValueError(f"a clip has at least one frame, not {num_frames}")

@@ -1,7 +1,7 @@
 """What changes from frame to frame, as channels beside the frame itself, so that a 2-D CNN sees motion."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from videogru.config import FrameDifferences
@@ -34,3 +34,11 @@ def add_differences(
     if mode == "both":
         planes.append(torch.cat([change, nothing], dim=1))
     return torch.cat(planes, dim=2)
+
+
+def add_difference(
+    frames: Float[Tensor, "B C H W"], previous: Float[Tensor, "B C H W"], is_first: Bool[Tensor, " B"]
+) -> Float[Tensor, "B C2 H W"]:
+    """The same with mode past for the next frame of each stream, which is the first where `is_first`."""
+    change = (frames - previous).masked_fill(is_first[:, None, None, None], 0.0)
+    return torch.cat((frames, change), dim=1)

@@ -3,12 +3,13 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from videogru.config import ModelConfig
 from videogru.models.attention import MultiheadPooling
 from videogru.models.serialize import valid_steps
+from videogru.models.streaming import LOWEST, RunningMean, Slot, State
 from videogru.shapes import Lengths, Logits
 
 
@@ -67,5 +68,39 @@ class Head(nn.Module):
             pooled = self.multihead(outputs, lengths)
         else:
             pooled = pool(outputs, lengths, self.pooling, bidirectional=self.bidirectional, query=self.query)
+        logits: Tensor = self.linear(self.dropout(pooled))
+        return logits
+
+    def slots(self) -> dict[str, Slot]:
+        """What a stream keeps of all its states: what `pooled` needs of them, whose size does not grow."""
+        if self.multihead is not None:
+            return RunningMean.slots(*self.multihead.queries.shape)
+        size = self.linear.in_features
+        if self.pooling in ("last", "max"):
+            return {self.pooling: Slot((size,), fill=LOWEST if self.pooling == "max" else 0.0)}
+        return RunningMean.slots(1, size)
+
+    def absorb(self, outputs: Float[Tensor, "B N F"], there: Bool[Tensor, "B N"], state: State) -> State:
+        """The state after N more states of each stream; only those that are `there` count, the last always is."""
+        if self.pooling == "last":
+            return {"last": outputs[:, -1].clone()}
+        if self.pooling == "max":
+            highest = outputs.masked_fill(~there.unsqueeze(-1), LOWEST).amax(1)
+            return {"max": torch.maximum(state["max"], highest)}
+        if self.multihead is not None:
+            return RunningMean.absorb(*self.multihead.of_steps(outputs), there, state)
+        if self.query is None:
+            scores = torch.zeros_like(outputs[..., :1])
+        else:
+            scores = (outputs * self.query).sum(-1, keepdim=True) / math.sqrt(outputs.shape[-1])
+        return RunningMean.absorb(outputs.unsqueeze(2), scores, there, state)
+
+    def answer(self, state: State) -> Logits:
+        """The logits of `forward` for all states that went into `state`."""
+        if self.pooling in ("last", "max"):
+            pooled = state[self.pooling]
+        else:
+            pooled = state["mean"].flatten(1)
+            pooled = pooled if self.multihead is None else self.multihead.project(pooled)
         logits: Tensor = self.linear(self.dropout(pooled))
         return logits

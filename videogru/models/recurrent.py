@@ -4,6 +4,8 @@ A bidirectional layer is two unidirectional ones; the second reads each clip's v
 equals `pack_padded_sequence` (a test compares them), and unlike packing it exports with a free batch size and compiles.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from videogru.config import ModelConfig
 from videogru.models.cells import HyperGRU, MinGRU, init_gates
 from videogru.models.checkpointing import in_chunks
 from videogru.models.serialize import valid_steps
+from videogru.models.streaming import Slot, State, of_part, prefixed
 from videogru.shapes import Lengths, Steps
 
 
@@ -79,11 +82,49 @@ class Recurrent(nn.Module):
             normed: Tensor = self.norm(states)
             return normed.masked_fill(padded, 0.0)
 
+    def slots(self, cells: tuple[int, ...] = ()) -> dict[str, Slot]:
+        """What a stream keeps: the state of each layer; cells: (h, w) of maps, for layers that read these."""
+        return {
+            f"{index}.{name}": Slot((size, *cells))
+            for index, layer in enumerate(self.forward_layers)
+            for name, size in _state_sizes(layer).items()
+        }
+
+    def step(self, steps: Steps, state: State) -> tuple[Float[Tensor, "B N F"], State]:
+        """States after each of N more steps (B N D), and what to keep; only where it is not bidirectional."""
+        with torch.autocast(steps.device.type, enabled=False):
+            states, kept = steps.float() if steps.dtype in (torch.bfloat16, torch.float16) else steps, State()
+            for index in range(len(self.forward_layers)):
+                outputs, after = self._go_on(index, states, of_part(str(index), state))
+                kept |= prefixed(str(index), after)
+                states = outputs + self.shortcuts[index](states) if len(self.shortcuts) else outputs
+            normed: Tensor = self.norm(states)
+            return normed, kept
+
+    def _go_on(self, index: int, steps: Float[Tensor, "B N *D"], state: State) -> tuple[Float[Tensor, "B N *H"], State]:
+        """A layer's outputs from `state` on, and its state after them; torch's layers have an axis of layers first."""
+        layer = self.forward_layers[index]
+        names = list(_state_sizes(layer))  # a state from a file may be in another order
+        given = [state[name].contiguous().unsqueeze(0) for name in names]
+        outputs, after = layer(steps, given[0] if len(given) == 1 else tuple(given))
+        tensors = (after,) if len(given) == 1 else after
+        return outputs, {name: tensor.squeeze(0) for name, tensor in zip(names, tensors, strict=True)}
+
     def _read(self, layer: nn.Module, steps: Float[Tensor, "B S *D"]) -> Float[Tensor, "B S *H"]:
         if self.checkpoint_steps and self.training and torch.is_grad_enabled():
             return in_chunks(layer, steps, self.checkpoint_steps)
         states: Tensor = layer(steps)[0]
         return states
+
+
+def _state_sizes(layer: Any) -> dict[str, int]:
+    """Names of the tensors of a layer's state, in the layer's order, and how many features each has."""
+    sizes: dict[str, int] = {"hidden": layer.hidden_size}
+    if isinstance(layer, nn.LSTM):
+        sizes["cell"] = layer.hidden_size
+    elif isinstance(layer, HyperGRU):
+        sizes["hyper"] = layer.hyper.hidden_size
+    return sizes
 
 
 def reversed_order(lengths: Lengths, total: int) -> Int64[Tensor, "B S"]:
