@@ -43,7 +43,7 @@ def add_commands(app: typer.Typer) -> None:
         epilog="[bold]Examples[/bold]\n\n"
         "videogru export runs/grid_digits-0001 --format onnx\n\n"
         "videogru export runs/grid_digits-0001 --format openvino --precision int8 --out exported/\n\n"
-        "videogru export runs/grid_digits-0001 --format onnx --step     (one frame at a time; model.temporal=causal)\n\n"
+        "videogru export runs/grid_digits-0001 --format onnx --step     (one frame at a time)\n\n"
         "videogru infer video.mp4 --model exported/",
     )(export)
     app.command(
@@ -74,13 +74,12 @@ def export(
 ) -> None:
     """Export a model with its normalization, compare it with PyTorch, and keep it only where it is as good (else 4)."""
     from videogru.deploy.export import export_model
-    from videogru.deploy.export_step import export_step
 
-    make = export_step if step else export_model
-    done = make(
+    done = export_model(
         run_or_model,
         format=format.value,
         precision=precision.value,
+        step=step,
         max_drop=max_drop,
         out=out,
         data_dir=data_dir,
@@ -92,7 +91,9 @@ def export(
 
 def bench(
     models: Annotated[list[Path], typer.Argument(help="Run folders, model files and exports.", metavar="MODELS...")],
-    split: Annotated[BenchSplit, typer.Option(help="Rows to measure accuracy on; none: leave it out.")] = BenchSplit.val,
+    split: Annotated[
+        BenchSplit, typer.Option(help="Rows to measure accuracy on; none: leave it out.")
+    ] = BenchSplit.val,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips at once, for the throughput.")] = 8,
     rounds: Annotated[int, typer.Option(min=2, help="Turns of each, one after the other.")] = 10,

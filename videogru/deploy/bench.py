@@ -186,9 +186,6 @@ def bench_models(
     """
     models = [find_model(path) for path in paths]
     cards = [read_card(model) for model in models]
-    stepwise = [path for path in paths if is_exported(path) and read_export_card(path).step]
-    if stepwise:
-        raise ConfigError("takes one frame at a time, the others whole clips", where=stepwise[0], hint="Leave it out.")
     shapes = {_clip_shape(card) for card in cards}
     if len(shapes) > 1:
         raise ConfigError(

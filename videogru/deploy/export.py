@@ -20,7 +20,7 @@ from videogru.config import Config
 from videogru.data.batching import OrderedBatches
 from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
 from videogru.data.layouts import Corpus
-from videogru.deploy import graph
+from videogru.deploy import graph, stepped
 from videogru.deploy.examples import example_for
 from videogru.deploy.gate import SHAPES, SPLIT, Checked, cases_of, check_shapes, check_split
 from videogru.errors import ConfigError, DataError
@@ -45,27 +45,24 @@ _CALIBRATION_SEED = 0
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Exporting:
-    """What is to be made. Raises ConfigError where a format has no such precision, or a cell none in int8."""
-
-    format: str
-    precision: str
-
-    def check(self, classifier: Classifier) -> None:
-        """Refuse what cannot be made, before any work."""
-        if self.precision == "int8" and self.format in ("pt2", "tensorrt"):
-            raise ConfigError(
-                f"--format {self.format} has no int8 here", hint="Use --format onnx or openvino, or --precision fp16."
-            )
-        if self.precision == "int8" and classifier.config.cell in ("hypergru", "convgru"):
-            raise ConfigError(
-                f"model.cell={classifier.config.cell} has no int8: its recurrent part would stay in float32",
-                hint="Use --precision fp16, or a gru, lstm or mingru.",
-            )
-        check_packages(self.format)
-        if self.format == "tensorrt" and not torch.cuda.is_available():
-            raise ConfigError("--format tensorrt builds for the GPU of this machine, and there is none")
+def check_wanted(classifier: Classifier, *, format: str, precision: str, step: bool) -> None:
+    """Refuse what cannot be made, before any work: raises ConfigError."""
+    if precision == "int8" and format in ("pt2", "tensorrt"):
+        raise ConfigError(
+            f"--format {format} has no int8 here", hint="Use --format onnx or openvino, or --precision fp16."
+        )
+    if precision == "int8" and classifier.config.cell in ("hypergru", "convgru"):
+        raise ConfigError(
+            f"model.cell={classifier.config.cell} has no int8: its recurrent part would stay in float32",
+            hint="Use --precision fp16, or a gru, lstm or mingru.",
+        )
+    if step and format == "tensorrt":
+        raise ConfigError("--format tensorrt has no --step here", hint="Use --format onnx, openvino or pt2.")
+    if step:
+        classifier.initial_state(1)  # says what a model lacks that cannot stream
+    check_packages(format)
+    if format == "tensorrt" and not torch.cuda.is_available():
+        raise ConfigError("--format tensorrt builds for the GPU of this machine, and there is none")
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,7 @@ def export_model(
     *,
     format: str,
     precision: str,
+    step: bool,
     max_drop: float,
     out: Path | None,
     data_dir: Path | None,
@@ -104,14 +102,14 @@ def export_model(
 ) -> ExportOutcome:
     """Export the model of a run or model file to `out`, else beside it, and prove it; nothing stays where it fails.
 
-    max_drop: percentage points of accuracy on the validation split that may be lost below fp32. Raises GateRefused
-    where a check fails, ConfigError and DataError where it cannot be made or compared.
+    step: the graph of one frame of a stream; max_drop: percentage points of accuracy on the validation split that may
+    be lost below fp32. Raises GateRefused where a check fails, ConfigError and DataError where it cannot be made or
+    compared.
     """
     model, settings, corpus = runs.open_run(path, dataset=None, data_dir=data_dir)
     classifier, card = read_model(model)
-    wanted = Exporting(format, precision)
-    wanted.check(classifier)
-    target = new_folder(model, out, f"{format}-{precision}")
+    check_wanted(classifier, format=format, precision=precision, step=step)
+    target = new_folder(model, out, f"{format}-{precision}{'-step' * step}")
     corpus = runs.with_classes_of(corpus, card.classes, model)
     if not len(corpus.manifest.rows(SPLIT)):
         raise DataError(f"an export is compared on the split {SPLIT}, which has no rows", where=corpus.name)
@@ -119,7 +117,7 @@ def export_model(
     clips = calibration_clips(corpus, predictor, settings)
     say(f"exporting {model} to {format} {precision}")
     with written_whole(target) as folder:
-        made = build(folder, classifier, card, clips, format=format, precision=precision)
+        made = build(folder, classifier, card, clips, format=format, precision=precision, step=step)
         cases = cases_of(clips, classifier.config.use_gaps)
         largest, mean, padding = check_shapes(folder, classifier, cases, precision)
         say(f"probabilities differ from PyTorch's by up to {largest:.2g} at {len(cases)} shapes, in a fresh process")
@@ -149,18 +147,21 @@ def build(
     *,
     format: str,
     precision: str,
+    step: bool = False,
 ) -> ExportCard:
     """Write model and card, not compared with anything yet. clips: calibrate int8; frames are of their type."""
     frame_type = torch.float32 if card.kind == "volume" else torch.uint8
     files = [folder / name for name in MODEL_FILES[format]]
+    traced: Any = stepped if step else graph
     if format == "pt2":
-        graph.to_pt2(classifier, frame_type, files[0], half=precision == "fp16")
+        traced.to_pt2(classifier, frame_type, files[0], half=precision == "fp16")
     else:
         from videogru.deploy import quantize
 
-        model = graph.to_onnx(classifier, frame_type)
+        model = traced.to_onnx(classifier, frame_type)
         if precision == "int8":
-            model = quantize.to_int8(model, feeds_of(clips, classifier.config.use_gaps))
+            feeds = stepped.feeds_of(classifier, clips) if step else feeds_of(clips, classifier.config.use_gaps)
+            model = quantize.to_int8(model, feeds)
         elif precision == "fp16" and format == "onnx":
             model = quantize.with_half_weights(model)
         write_graph(model, format, files, half=precision == "fp16", length=card.data.num_frames)
@@ -168,14 +169,14 @@ def build(
         folder=folder,
         format=format,
         precision=precision,
-        step=False,
+        step=step,
         files={file.name: file_sum(file) for file in files},
-        inputs=graph.input_names(classifier),
-        outputs=("probabilities",),
+        inputs=traced.input_names(classifier),
+        outputs=traced.output_names(classifier),
         labels=card.classes,
         frame_shape=(card.in_channels, card.frame_size, card.frame_size),
         frame_type=str(frame_type).removeprefix("torch."),
-        states={},
+        states=stepped.states_of(classifier) if step else {},
         checks={},
         model_card=card.model_dump(mode="json"),
     )

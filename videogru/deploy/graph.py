@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ class Served(nn.Module):
 def input_names(classifier: Classifier) -> tuple[str, ...]:
     """What the graph reads."""
     return ("frames", "lengths", "gaps") if classifier.config.use_gaps else ("frames", "lengths")
+
+
+def output_names(classifier: Classifier) -> tuple[str, ...]:
+    """What the graph gives."""
+    return ("probabilities",)
 
 
 def to_onnx(classifier: Classifier, frame_type: torch.dtype) -> Any:
@@ -73,9 +79,16 @@ def to_pt2(classifier: Classifier, frame_type: torch.dtype, path: Path, *, half:
     examples, shapes = _traced_with(classifier, frame_type)
     copy = scanned(classifier, torch_layers=True)
     if half:
-        copy.normalize.half()
-        copy.encoder.half()
+        copy = with_half_encoder(copy)
     write_program(Served(copy).eval(), examples, shapes, path)
+
+
+def with_half_encoder(classifier: Classifier) -> Classifier:
+    """A copy whose encoder computes in float16."""
+    copy = deepcopy(classifier)
+    copy.normalize.half()
+    copy.encoder.half()
+    return copy
 
 
 def write_program(
@@ -124,7 +137,7 @@ def _refusing(format: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_autocast() -> Iterator[None]:
-    """The layers switch autocast off around themselves; a program would store that as a pair of calls that is refused."""
+    """The layers switch autocast off around themselves, as a pair of calls with which a program cannot be saved."""
     switched = torch.autocast
     torch.autocast = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment,misc]
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import (
@@ -38,6 +39,7 @@ def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, NDArray[Any]]]) ->
     (inputs by name). What is left in float: sums with a bias, the gates, normalization, attention's products of two
     activations, pooling and the softmax. Raises ConfigError for recurrent nodes that are not torch's.
     """
+    onnxruntime.set_default_logger_severity(3)  # errors; what it tidies up itself is no news
     model = scan_form(model)
     constants = {tensor.name for tensor in model.graph.initializer}
     constants |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}

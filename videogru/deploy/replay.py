@@ -2,7 +2,7 @@
 
     python -m videogru.deploy.replay FOLDER CASES.npz ANSWERS.npz
 
-CASES.npz holds arrays NUMBER/INPUT; ANSWERS.npz gets NUMBER/OUTPUT. Imports no torch unless the runtime is torch.
+CASES.npz holds arrays NUMBER/INPUT; ANSWERS.npz gets NUMBER/probabilities. No torch, unless the runtime is torch.
 """
 
 import os
@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import videogru
-from videogru.exported.folder import read_export_card
 from videogru.exported.run import open_exported
 
 Arrays = dict[str, NDArray[Any]]
@@ -62,16 +61,12 @@ def _numbered(path: Path, count: int) -> list[Arrays]:
 def main(words: Sequence[str]) -> int:
     """Read, answer, write."""
     folder, asked, answered = map(Path, words)
-    card, exported = read_export_card(folder), open_exported(folder)
+    exported = open_exported(folder)
     with np.load(asked, allow_pickle=False) as stored:
         count = len({key.partition("/")[0] for key in stored.files})
     answers: Arrays = {}
     for number, case in enumerate(_numbered(asked, count)):
-        if card.step:
-            said = exported.step(case)
-        else:
-            said = {"probabilities": exported.probabilities(case["frames"], case["lengths"], case.get("gaps"))}
-        answers |= {f"{number}/{name}": array for name, array in said.items()}
+        answers[f"{number}/probabilities"] = exported.probabilities(case["frames"], case["lengths"], case.get("gaps"))
     np.savez(answered, **answers)  # type: ignore[arg-type]
     return 0
 

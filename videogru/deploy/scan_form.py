@@ -166,14 +166,13 @@ class _WrittenOut:
 
     def _start(self, steps: str, given: str, way: int, H: int) -> str:
         """The first state (B H): what the node was given (directions B H), else zeros."""
-        name = f"start{way}{'h' if not given else given}"
+        name = f"start{way}.{len(self.nodes)}"
         if given:
-            chosen = self._add("Gather", [given, self._constant(np.array(way, np.int64), f"way.{name}")], name, axis=0)
-            return chosen
+            return self._add("Gather", [given, self._constant(np.array(way, np.int64), f"{name}.way")], name, axis=0)
         batch = self._add("Shape", [steps], f"{name}.batch", start=1, end=2)
         size = self._constant(np.array([H], np.int64), f"{name}.size")
         shape = self._add("Concat", [batch, size], f"{name}.shape", axis=0)
-        return self._add("ConstantOfShape", [shape], f"{name}.{len(self.nodes)}")
+        return self._add("ConstantOfShape", [shape], name)
 
     def _axis(self, name: str, axis: int) -> str:
         axes = self._constant(np.array([axis], np.int64), f"axis{len(self.nodes)}")

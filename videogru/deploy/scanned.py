@@ -82,10 +82,8 @@ class ScannedHyperGRU(nn.Module):
     ) -> tuple[Float[Tensor, "B S H"], tuple[Float[Tensor, "1 B H"], Float[Tensor, "1 B N"]]]:
         """States after each step, and the last of both GRUs."""
         H, N, B = self.hidden_size, self.hyper_size, inputs.shape[0]
-        if state is None:
-            starts = (inputs.new_zeros(B, H), inputs.new_zeros(B, N))
-        else:
-            starts = (state[0][0], state[1][0])
+        zeros = (inputs.new_zeros(B, H), inputs.new_zeros(B, N))
+        starts = zeros if state is None else (state[0][0], state[1][0])
 
         def cell(states: tuple[Tensor, ...], at_step: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             h, g = states

@@ -12,6 +12,7 @@ from videogru.errors import ConfigError, ModelFileError
 EXPORT_VERSION = 1
 CARD_NAME = "card.json"
 EXAMPLE_NAME = "example.py"
+NEXT = ".next"  # after the name of a state: what a step graph gives for the step after
 FORMATS = ("onnx", "openvino", "pt2", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "int8")
 MODEL_FILES = {

@@ -46,7 +46,7 @@ def _check_pickles(path: Path) -> None:
                 pickled = [entry["path_name"] for entry in config["config"].values() if entry["use_pickle"]]
                 if pickled:
                     raise ModelFileError(f"holds a pickle ({pickled[0]}), which can run code", where=path)
-            elif name.endswith(".pt"):
+            elif name.endswith(".pt") and archive.getinfo(name).file_size:
                 try:
                     torch.load(io.BytesIO(archive.read(name)), weights_only=True)
                 except pickle.UnpicklingError as error:

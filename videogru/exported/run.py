@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int64, UInt8
 from numpy.typing import NDArray
 
 from videogru.errors import ConfigError, ModelFileError
-from videogru.exported.folder import EXPORT_AGAIN, MODEL_FILES, PACKAGES, ExportCard, file_sum, read_export_card
+from videogru.exported.folder import EXPORT_AGAIN, MODEL_FILES, NEXT, PACKAGES, ExportCard, file_sum, read_export_card
 
 _RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "torch", "tensorrt": "tensorrt"}
 
@@ -28,19 +28,31 @@ class Exported:
     def probabilities(
         self, frames: FrameArray, lengths: Int64[np.ndarray, " B"], gaps: Float32[np.ndarray, "B T"] | None = None
     ) -> Float32[np.ndarray, "B K"]:
-        """Of each class, for clips as the readers give them, padded at the end to the longest."""
-        if self.card.step:
-            raise ConfigError(
-                "this export takes one frame at a time (--step), not clips",
-                where=self.card.folder,
-                hint="Export without --step for whole clips.",
-            )
+        """Of each class, for clips as the readers give them, padded at the end to the longest.
+
+        A step graph reads their frames one by one.
+        """
         given: Arrays = {"frames": frames, "lengths": lengths}
-        if "gaps" in self.card.inputs:
+        if "gaps" in self.card.inputs or "gap" in self.card.inputs:
             if gaps is None:
                 raise ValueError("this model reads the gaps between steps (model.use_gaps): give them")
             given["gaps"] = gaps
-        return np.asarray(self._run(given)["probabilities"], dtype=np.float32)
+        said = self._frame_by_frame(given) if self.card.step else self._run(given)["probabilities"]
+        return np.asarray(said, dtype=np.float32)
+
+    def _frame_by_frame(self, given: Arrays) -> NDArray[Any]:
+        frames, lengths = given["frames"], given["lengths"]
+        state = self.fresh_states(len(frames))
+        answers = np.empty((len(frames), len(self.card.labels)), np.float32)
+        for place in range(int(lengths.max())):
+            at_step = {"frame": frames[:, place], **state}
+            if "gaps" in given:
+                at_step["gap"] = given["gaps"][:, place]
+            said = self.step(at_step)
+            ends = lengths == place + 1
+            answers[ends] = said["probabilities"][ends]
+            state = {name: said[name + NEXT] for name in state}
+        return answers
 
     def step(self, given: Mapping[str, NDArray[Any]]) -> Arrays:
         """One frame of each stream and the states, by name, to probabilities and the states after it."""
@@ -48,7 +60,7 @@ class Exported:
             raise ConfigError(
                 "this export takes whole clips", where=self.card.folder, hint="Export with --step for single frames."
             )
-        return self._run(given)
+        return self._run({name: np.ascontiguousarray(array) for name, array in given.items()})
 
     def fresh_states(self, batch: int) -> Arrays:
         """The states of `batch` streams before their first frames."""
@@ -117,7 +129,7 @@ def _open_openvino(card: ExportCard, threads: int | None, device: str) -> Run:
 
     def run(given: Mapping[str, NDArray[Any]]) -> Arrays:
         # Copies: its buffers are overwritten by the next call.
-        said = model({name: np.ascontiguousarray(array) for name, array in given.items()})
+        said = model(dict(given))
         return {name: np.array(said[place]) for place, name in enumerate(names)}
 
     return run
