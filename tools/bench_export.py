@@ -178,7 +178,8 @@ def markdown(content: dict[str, Any]) -> str:
         for row in one["rows"]:
             middle, high = (row[f"{'frame' if stepwise else 'latency'}_{p}_ms"] for p in ("p50", "p95"))
             lines.append(
-                f"| {row['runs_on']} | {row['bytes'] / 1e6:.2f} | {row['size_ratio']:.3f} | {middle:.2f} | {high:.2f} | "
+                f"| {row['runs_on']} | {row['bytes'] / 1e6:.2f} | {row['size_ratio']:.3f} | "
+                f"{middle:.2f} | {high:.2f} | "
                 f"{row['speedup']:.2f} | {row['clips_per_second']:.1f} | {row['peak_mebibytes']:.0f} | "
                 f"{row['largest_difference']:.1e} |"
             )

@@ -367,7 +367,7 @@ def probe_run(path: Path, *, split: Split, data_dir: Path | None, device: str, s
     say(f"probing {model} on {len(rows)} {split} rows of {corpus.name}")
     train = settings.train
     found = probe(predictor, corpus, rows, batch_size=train.batch_size, num_workers=train.num_workers, seed=train.seed)
-    written = model.parent / f"probe-{split}.json"
+    written = (model if is_exported(model) else model.parent) / f"probe-{split}.json"
     found.to_json(written)
     say(f"written to {written}")
     return found

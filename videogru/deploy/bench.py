@@ -14,7 +14,7 @@ import numpy as np
 
 from videogru import runs
 from videogru.config import Split
-from videogru.deploy.replay import child_environment
+from videogru.deploy.replay import child_environment, last_error
 from videogru.errors import ConfigError, ModelFileError
 from videogru.exported.folder import is_exported, read_export_card
 from videogru.inference.evaluate import evaluate
@@ -150,9 +150,8 @@ class Worker:
         assert self.process.stdout is not None and self.process.stderr is not None
         line = self.process.stdout.readline()
         if not line:
-            lines = [said for said in self.process.stderr.read().splitlines() if said.strip()]
-            self.process.wait()
-            said = lines[-1] if lines else f"ended with status {self.process.returncode}"
+            said = last_error(self.process.stderr.read())
+            said = said or f"ended with status {self.process.wait()}"
             raise ModelFileError(f"could not be measured: {said}", where=self.path)
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -257,14 +257,18 @@ def calibration_clips(corpus: Corpus, predictor: Predictor, settings: Config) ->
 
 
 def feeds_of(clips: Sequence[SequenceBatch], uses_gaps: bool) -> list[dict[str, NDArray[Any]]]:
-    """Batches as inputs of a graph, by name."""
+    """Single clips, without padding, as inputs of a graph by name."""
     feeds = []
     for batch in clips:
-        feed = {"frames": batch.frames.numpy(), "lengths": batch.lengths.numpy()}
-        if uses_gaps:
-            assert batch.gaps is not None
-            feed["gaps"] = batch.gaps.numpy()
-        feeds.append(feed)
+        for place, length in enumerate(batch.lengths.tolist()):
+            feed = {
+                "frames": batch.frames[[place], :length].numpy(),
+                "lengths": batch.lengths[[place]].numpy(),
+            }
+            if uses_gaps:
+                assert batch.gaps is not None
+                feed["gaps"] = batch.gaps[[place], :length].numpy()
+            feeds.append(feed)
     return feeds
 
 

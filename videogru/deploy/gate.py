@@ -23,9 +23,9 @@ SPLIT: Split = "val"
 SHAPES = ((1, 7), (3, 4), (2, 1), (4, 11), (1, 32))
 # Largest difference of a probability from PyTorch's. Rounded weights move probabilities near a boundary between
 # classes far; whether that costs accuracy is for the validation split to say.
-TOLERANCE = {"fp32": 1e-4, "fp16": 0.05, "int8": 0.5}
+TOLERANCE = {"fp32": 1e-4, "fp16": 0.05, "int8": 0.3}
 # The same on average over all classes and clips.
-MEAN_TOLERANCE = {"fp32": 1e-5, "fp16": 0.01, "int8": 0.1}
+MEAN_TOLERANCE = {"fp32": 1e-5, "fp16": 0.01, "int8": 0.05}
 # What padding may change: in float32 nothing but the order of sums; below, a value may round the other way.
 PADDING_TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.05}
 

@@ -56,7 +56,7 @@ def onnx_of(
     outputs: tuple[str, ...],
 ) -> Any:
     """A module as an ONNX model. Raises ConfigError where it cannot be traced."""
-    with _quiet(), _refusing("onnx"):
+    with _quiet(), _refusing("onnx"), torch.no_grad():
         program = torch.onnx.export(
             module,
             examples,
@@ -67,7 +67,24 @@ def onnx_of(
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    _forget_origins(model.graph)
+    for function in model.functions:
+        _forget_origins(function)
+    return model
+
+
+def _forget_origins(graph: Any) -> None:
+    """Without the lines of code (and the paths of this machine) that each node came from."""
+    del graph.metadata_props[:]
+    for value in (*graph.value_info, *getattr(graph, "initializer", ())):
+        del value.metadata_props[:]
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        for attribute in node.attribute:
+            if attribute.HasField("g"):  # touching it would make one
+                _forget_origins(attribute.g)
 
 
 def to_pt2(classifier: Classifier, frame_type: torch.dtype, path: Path, *, half: bool) -> None:
@@ -98,6 +115,9 @@ def write_program(
     with _quiet(), _refusing("pt2"), _without_autocast(), torch.no_grad():
         program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
         program.example_inputs = None  # they would be stored as a pickle
+        for inner in program.graph_module.modules():
+            for node in inner.graph.nodes if isinstance(inner, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # paths of this machine
         torch.export.save(program, path)
 
 
@@ -138,9 +158,10 @@ def _refusing(format: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_autocast() -> Iterator[None]:
     """The layers switch autocast off around themselves, as a pair of calls with which a program cannot be saved."""
-    switched = torch.autocast
-    torch.autocast = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    kind = torch.autocast
+    enter, leave = kind.__enter__, kind.__exit__
+    kind.__enter__, kind.__exit__ = lambda self: self, lambda self, *_: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.autocast = switched  # type: ignore[misc]
+        kind.__enter__, kind.__exit__ = enter, leave  # type: ignore[method-assign]

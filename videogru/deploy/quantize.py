@@ -18,9 +18,12 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+from videogru.deploy.bias_correction import correct_biases
 from videogru.deploy.scan_form import scan_form
 
-_KINDS = ["Conv", "MatMul", "Gemm", "Add", "Relu", "MaxPool", "AveragePool"]
+_PRODUCTS = ("Conv", "MatMul", "Gemm")
+_BETWEEN = ("Add", "Relu", "MaxPool", "AveragePool")  # in 8 bits only on the way to a product
+_CORRECTION_STRIDE = 2  # biases are corrected on every second feed: each convolution reads them once more
 _SMALL = 64  # entries of a tensor that stays in float32: biases of few classes, scales, means
 
 
@@ -36,15 +39,11 @@ def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, NDArray[Any]]]) ->
     """Convolutions, matrix products and recurrent matrices in int8, between QuantizeLinear and DequantizeLinear.
 
     Weights per channel and symmetric, activations uint8 with ranges from their least and greatest values on `feeds`
-    (inputs by name). What is left in float: sums with a bias, the gates, normalization, attention's products of two
-    activations, pooling and the softmax. Raises ConfigError for recurrent nodes that are not torch's.
+    (inputs by name); biases of convolutions corrected on half of these. What is left in float: sums with a bias, the
+    gates, normalization, attention's products of two activations, pooling and the softmax. Raises ConfigError for recurrent nodes that are not torch's.
     """
     onnxruntime.set_default_logger_severity(3)  # errors; what it tidies up itself is no news
     model = scan_form(model)
-    constants = {tensor.name for tensor in model.graph.initializer}
-    constants |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
-    # A bias is added in float: rounded to 8 bits, what the gates and the softmax read would have few levels.
-    in_float = [node.name for node in model.graph.node if node.op_type == "Add" and constants & set(node.input)]
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         onnx.save(model, before)
@@ -57,15 +56,42 @@ def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, NDArray[Any]]]) ->
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            op_types_to_quantize=_KINDS,
-            nodes_to_exclude=in_float,
+            op_types_to_quantize=[*_PRODUCTS, *_BETWEEN],
+            nodes_to_exclude=_left_in_float(model.graph),
             extra_options={
                 "MatMulConstBOnly": True,
                 "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
             },
         )
         quantized: onnx.ModelProto = onnx.load(after)
+    correct_biases(quantized, model, feeds[::_CORRECTION_STRIDE])
     return quantized
+
+
+def _left_in_float(graph: onnx.GraphProto) -> list[str]:
+    """Nodes between products that gain nothing in 8 bits: those whose result something reads in float.
+
+    Rounding what is then averaged over a map costs most of all: small values vanish beside the few large ones. A bias
+    is added in float too: what gates and softmax read would have few levels.
+    """
+    constants = {tensor.name for tensor in graph.initializer}
+    constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    readers: dict[str, list[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.name)
+    kept = {node.name for node in graph.node if node.op_type in _PRODUCTS}
+    left = []
+    for node in reversed(graph.node):  # in order of use, so that readers come first
+        if node.op_type not in _BETWEEN:
+            continue
+        has_bias = node.op_type == "Add" and constants & set(node.input)
+        following = [reader for name in node.output for reader in readers.get(name, ["the end"])]
+        if has_bias or not set(following) <= kept:
+            left.append(node.name)
+        else:
+            kept.add(node.name)
+    return left
 
 
 def with_half_weights(model: onnx.ModelProto) -> onnx.ModelProto:

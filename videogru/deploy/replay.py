@@ -6,6 +6,7 @@ CASES.npz holds arrays NUMBER/INPUT; ANSWERS.npz gets NUMBER/probabilities. No t
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,9 +39,15 @@ def replay(folder: Path, cases: Sequence[Arrays]) -> list[Arrays]:
         command = [sys.executable, "-m", "videogru.deploy.replay", str(folder), str(asked), str(answered)]
         ended = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
         if ended.returncode:
-            lines = [line for line in ended.stderr.splitlines() if line.strip()]
-            raise ReplayFailed(lines[-1] if lines else f"ended with status {ended.returncode}")
+            raise ReplayFailed(last_error(ended.stderr) or f"ended with status {ended.returncode}")
         return _numbered(answered, len(cases))
+
+
+def last_error(stderr: str) -> str:
+    """The line of a traceback that names the error, else the last one."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Fail|InvalidArgument|Refused)\b", line)]
+    return (named or lines or [""])[-1]
 
 
 def child_environment() -> dict[str, str]:

@@ -188,7 +188,7 @@ class _WrittenOut:
 
     def _constant(self, values: NDArray[Any], name: str) -> str:
         full = f"{self.prefix}.{name}"
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(values), full))
+        self.initializers.append(numpy_helper.from_array(np.array(values, order="C"), full))
         return full
 
 
