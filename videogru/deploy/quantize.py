@@ -40,7 +40,8 @@ def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, NDArray[Any]]]) ->
 
     Weights per channel and symmetric, activations uint8 with ranges from their least and greatest values on `feeds`
     (inputs by name); biases of convolutions corrected on half of these. What is left in float: sums with a bias, the
-    gates, normalization, attention's products of two activations, pooling and the softmax. Raises ConfigError for recurrent nodes that are not torch's.
+    gates, normalization, attention's products of two activations, pooling and the softmax. Raises ConfigError
+    for recurrent nodes that are not torch's.
     """
     onnxruntime.set_default_logger_severity(3)  # errors; what it tidies up itself is no news
     model = scan_form(model)

@@ -102,7 +102,8 @@ class _WrittenOut:
         if (
             (is_gru and given.get("linear_before_reset") != 1)
             or given.get("layout", 0)
-            or given.keys() & {"activations", "clip", "input_forget"}
+            or given.keys() & {"activations", "clip"}
+            or given.get("input_forget", 0)
             or inputs[4]
             or inputs[7]
             or any(name not in constants for name in inputs[1:4])

@@ -1,11 +1,13 @@
 """Recurrent cells as one scan over the steps, for graphs whose number of steps is free.
 
 The cells of `models` loop in Python or by doubling, and a graph would keep the number of steps it was traced with.
-A scan (torch's higher-order operation) stays one node, whose body is one step; ONNX has the same as Scan.
+A scan (torch's higher-order operation) stays one node, whose body is one step; ONNX has the same as Scan. Nothing in a
+body may be wrapped, as by the tests' check of shapes: no_type_check keeps it as it is.
 """
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float
@@ -17,13 +19,13 @@ from videogru.models.cells import HyperGRU, MinGRU
 from videogru.models.classifier import Classifier
 from videogru.models.conv_gru import ConvGRU
 
-State = Tensor | tuple[Tensor, ...]
 Cell = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 def over_steps(cell: Cell, starts: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """First states after each step (B S ...), and the last states, of `cell(states, inputs at a step) -> states`."""
 
+    @no_type_check
     def body(states: tuple[Tensor, ...], at_step: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         after = cell(states, at_step)
         return after, after[0].clone()  # a scan's carry and output must not be one tensor
@@ -46,6 +48,7 @@ class ScannedMinGRU(nn.Module):
         update, candidate = self.project(inputs).chunk(2, dim=-1)
         start = inputs.new_zeros(inputs.shape[0], self.hidden_size) if state is None else state[0]
 
+        @no_type_check
         def cell(states: tuple[Tensor, ...], at_step: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             decay, added = at_step
             return (added + decay * states[0],)
@@ -85,6 +88,7 @@ class ScannedHyperGRU(nn.Module):
         zeros = (inputs.new_zeros(B, H), inputs.new_zeros(B, N))
         starts = zeros if state is None else (state[0][0], state[1][0])
 
+        @no_type_check
         def cell(states: tuple[Tensor, ...], at_step: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             h, g = states
             x, x_hyper = at_step[0].split((3 * H, 3 * N), dim=1)
@@ -115,6 +119,7 @@ class ScannedConvGRU(nn.Module):
         from_inputs = self.from_input(maps.flatten(0, 1)).unflatten(0, (B, T))
         start = maps.new_zeros(B, H, h, w) if state is None else state[0]
 
+        @no_type_check
         def cell(states: tuple[Tensor, ...], at_step: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (hidden,) = states
             gates, new = at_step[0].split((2 * H, H), dim=1)
@@ -140,6 +145,7 @@ class ScannedGRU(nn.Module):
         """States after each step, and the last."""
         start = inputs.new_zeros(inputs.shape[0], self.hidden_size) if state is None else state[0]
 
+        @no_type_check
         def cell(states: tuple[Tensor, ...], at_step: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (_gru_step(at_step[0], F.linear(states[0], self.u, self.c), states[0]),)
 
@@ -165,6 +171,7 @@ class ScannedLSTM(nn.Module):
         else:
             starts = (state[0][0], state[1][0])
 
+        @no_type_check
         def cell(states: tuple[Tensor, ...], at_step: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden, memory = states
             i, f, g, o = (at_step[0] + F.linear(hidden, self.u, self.c)).chunk(4, dim=1)
@@ -175,6 +182,7 @@ class ScannedLSTM(nn.Module):
         return outputs, (hidden.unsqueeze(0), memory.unsqueeze(0))
 
 
+@no_type_check
 def _gru_step(
     from_input: Float[Tensor, "B G"], from_state: Float[Tensor, "B G"], state: Float[Tensor, "B H"]
 ) -> Float[Tensor, "B H"]:
