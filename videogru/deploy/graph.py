@@ -56,12 +56,12 @@ def onnx_of(
     outputs: tuple[str, ...],
 ) -> Any:
     """A module as an ONNX model. Raises ConfigError where it cannot be traced."""
-    with _quiet(), _refusing("onnx"), torch.no_grad():
+    with _quiet(), _refusing("onnx"), _rnn_kernels_looked_up_anew(), torch.no_grad():
         program = torch.onnx.export(
             module,
             examples,
             dynamo=True,
-            dynamic_shapes=shapes,
+            dynamic_shapes=shapes or None,
             input_names=list(inputs),
             output_names=list(outputs),
             verbose=False,
@@ -136,6 +136,22 @@ def _traced_with(classifier: Classifier, frame_type: torch.dtype) -> tuple[tuple
 
 
 @contextlib.contextmanager
+def _rnn_kernels_looked_up_anew() -> Iterator[None]:
+    """The exporter to ONNX swaps how GRU and LSTM are traced, but which kernel an operation has is remembered.
+
+    Without this, the first export of a process keeps the length free and the second freezes it.
+    """
+    operations = (torch.ops.aten.gru.input, torch.ops.aten.lstm.input)
+    try:
+        for operation in operations:
+            operation._dispatch_cache.clear()
+        yield
+    finally:
+        for operation in operations:
+            operation._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporters warn of their own insides."""
     with warnings.catch_warnings():
@@ -149,7 +165,9 @@ def _refusing(format: str) -> Iterator[None]:
     try:
         yield
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # The exporter to ONNX wraps the reason.
+        reason = error.__cause__ or error
+        lines = [line for line in str(reason).splitlines() if line.strip()] or [type(reason).__name__]
         raise ConfigError(
             f"this model cannot be exported to {format}: {lines[0]}", hint="Please report it with the model's settings."
         ) from error
