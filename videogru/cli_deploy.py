@@ -2,12 +2,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from videogru.options import DataDirOption
 from videogru.terminal import console, say
+
+if TYPE_CHECKING:
+    from videogru.config import Split
 
 
 class ExportFormat(StrEnum):
@@ -107,7 +110,7 @@ def bench(
 
     found = bench_models(
         models,
-        split=None if split is BenchSplit.none else split.value,
+        split=None if split is BenchSplit.none else cast("Split", split.value),
         threads=threads,
         batch_size=batch_size,
         rounds=rounds,

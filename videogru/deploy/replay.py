@@ -35,7 +35,8 @@ def replay(folder: Path, cases: Sequence[Arrays]) -> list[Arrays]:
     """
     with tempfile.TemporaryDirectory() as place:
         asked, answered = Path(place) / "cases.npz", Path(place) / "answers.npz"
-        np.savez(asked, **{f"{n}/{name}": array for n, case in enumerate(cases) for name, array in case.items()})
+        content: dict[str, Any] = {f"{n}/{k}": array for n, case in enumerate(cases) for k, array in case.items()}
+        np.savez(asked, **content)
         command = [sys.executable, "-m", "videogru.deploy.replay", str(folder), str(asked), str(answered)]
         ended = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
         if ended.returncode:
@@ -71,10 +72,10 @@ def main(words: Sequence[str]) -> int:
     exported = open_exported(folder)
     with np.load(asked, allow_pickle=False) as stored:
         count = len({key.partition("/")[0] for key in stored.files})
-    answers: Arrays = {}
+    answers: dict[str, Any] = {}
     for number, case in enumerate(_numbered(asked, count)):
         answers[f"{number}/probabilities"] = exported.probabilities(case["frames"], case["lengths"], case.get("gaps"))
-    np.savez(answered, **answers)  # type: ignore[arg-type]
+    np.savez(answered, **answers)
     return 0
 
 

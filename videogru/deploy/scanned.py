@@ -61,6 +61,9 @@ class ScannedMinGRU(nn.Module):
 class ScannedHyperGRU(nn.Module):
     """What `HyperGRU` computes: the weights that it makes of its parameters are made once."""
 
+    w: Tensor
+    offset: Tensor
+
     def __init__(self, cell: HyperGRU) -> None:
         super().__init__()
         self.hidden_size, self.hyper_size = cell.hidden_size, cell.hyper.hidden_size
@@ -134,10 +137,15 @@ class ScannedConvGRU(nn.Module):
 class ScannedGRU(nn.Module):
     """What torch's GRU computes, one layer, one direction, batch_first."""
 
+    w: Tensor
+    u: Tensor
+    b: Tensor
+    c: Tensor
+
     def __init__(self, layer: nn.GRU) -> None:
         super().__init__()
         self.hidden_size = layer.hidden_size
-        self.w, self.u, self.b, self.c = layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
+        self.w, self.u, self.b, self.c = layer._parameters.values()  # type: ignore[assignment]
 
     def forward(
         self, inputs: Float[Tensor, "B S D"], state: Float[Tensor, "1 B H"] | None = None
@@ -156,10 +164,15 @@ class ScannedGRU(nn.Module):
 class ScannedLSTM(nn.Module):
     """What torch's LSTM computes, one layer, one direction, batch_first."""
 
+    w: Tensor
+    u: Tensor
+    b: Tensor
+    c: Tensor
+
     def __init__(self, layer: nn.LSTM) -> None:
         super().__init__()
         self.hidden_size = layer.hidden_size
-        self.w, self.u, self.b, self.c = layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
+        self.w, self.u, self.b, self.c = layer._parameters.values()  # type: ignore[assignment]
 
     def forward(
         self, inputs: Float[Tensor, "B S D"], state: tuple[Tensor, Tensor] | None = None

@@ -159,7 +159,8 @@ class Predictor:
 
     def _probabilities(self, frames: BatchFrames, lengths: Lengths, gaps: Gaps | None) -> Float64[torch.Tensor, "B K"]:
         if not isinstance(self._model, Exported):
-            return self._model(frames, lengths, gaps).double().softmax(dim=1).cpu()
+            logits: torch.Tensor = self._model(frames, lengths, gaps)
+            return logits.double().softmax(dim=1).cpu()
         given = None if gaps is None else gaps.numpy()
         return torch.from_numpy(self._model.probabilities(frames.numpy(), lengths.numpy(), given)).double()
 
