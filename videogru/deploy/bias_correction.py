@@ -26,6 +26,8 @@ def correct_biases(quantized: onnx.ModelProto, original: onnx.ModelProto, feeds:
     producers = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     convolutions = [node for node in graph.node if node.op_type == "Conv" and len(node.input) > 2]
+    if not convolutions:
+        return
     names = {node.name: node.output[0] for node in original.graph.node if node.op_type == "Conv"}
     wanted = channel_means(original, [names[node.name] for node in convolutions], feeds)
     for node in convolutions:

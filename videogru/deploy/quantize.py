@@ -1,7 +1,9 @@
 """An ONNX graph in int8 or with half-size weights; the ONNX packages are imported here and in `scan_form` alone."""
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +47,50 @@ def to_int8(model: onnx.ModelProto, feeds: Sequence[dict[str, NDArray[Any]]]) ->
     """
     onnxruntime.set_default_logger_severity(3)  # errors; what it tidies up itself is no news
     model = scan_form(model)
+    _give_biases(model.graph)
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         onnx.save(model, before)
-        quantize_static(
-            before,
-            after,
-            _Clips(feeds),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            op_types_to_quantize=[*_PRODUCTS, *_BETWEEN],
-            nodes_to_exclude=_left_in_float(model.graph),
-            extra_options={
-                "MatMulConstBOnly": True,
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
-            },
-        )
+        with _without_advice():
+            quantize_static(
+                before,
+                after,
+                _Clips(feeds),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+                op_types_to_quantize=[*_PRODUCTS, *_BETWEEN],
+                nodes_to_exclude=_left_in_float(model.graph),
+                extra_options={
+                    "MatMulConstBOnly": True,
+                    "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+                },
+            )
         quantized: onnx.ModelProto = onnx.load(after)
     correct_biases(quantized, model, feeds[::_CORRECTION_STRIDE])
     return quantized
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """On every call, the quantizer logs that it has a tool for preparations, which are made here already."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _give_biases(graph: onnx.GraphProto) -> None:
+    """A bias of zeros for convolutions without one, so that it can be corrected."""
+    shapes = {tensor.name: tensor.dims for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Conv" and len(node.input) == 2:
+            bias = f"{node.name}.bias"
+            graph.initializer.append(numpy_helper.from_array(np.zeros(shapes[node.input[1]][0], np.float32), bias))
+            node.input.append(bias)
 
 
 def _left_in_float(graph: onnx.GraphProto) -> list[str]:
