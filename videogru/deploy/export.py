@@ -1,8 +1,10 @@
 """`videogru export`: a trained model as a folder that runs without it, kept only where the checks pass."""
 
 import contextlib
+import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -190,16 +192,23 @@ def write_graph(model: Any, format: str, files: Sequence[Path], *, half: bool, l
     if format == "onnx":
         files[0].write_bytes(content)
     elif format == "openvino":
-        import io
-
-        import openvino
-
-        converted = openvino.Core().read_model(io.BytesIO(content))
-        openvino.save_model(converted, files[0], compress_to_fp16=half)
+        write_openvino(content, files[0], half=half)
     else:
         from videogru.exported.tensorrt import build_engine
 
         files[0].write_bytes(build_engine(content, half=half, length=length))
+
+
+def write_openvino(content: bytes, path: Path, *, half: bool) -> None:
+    """Write an ONNX graph as OpenVINO's two files."""
+    import openvino
+    from openvino._offline_transformations import apply_moc_transformations
+
+    model = openvino.Core().read_model(io.BytesIO(content))
+    # What convert_model does besides, without its telemetry: fewer nodes, which load faster and take half the text.
+    apply_moc_transformations(model, cf=False)
+    openvino.save_model(model, path, compress_to_fp16=half)
+    path.write_bytes(re.sub(rb"\n\s*", b"\n", path.read_bytes()))  # indentation is a tenth of it
 
 
 def write_card(made: ExportCard, card: ModelCard) -> None:

@@ -175,7 +175,7 @@ def check_split(
     if drop > max_drop:
         raise GateRefused(
             f"refused: accuracy on {judged.evaluated} validation samples falls by {drop:.2f} points, from "
-            f"{scores['accuracy_of_pytorch']:.4f} to {scores['accuracy']:.4f}; allowed are {max_drop:g}",
+            f"{scores['accuracy_of_pytorch']:.4f} to {scores['accuracy']:.4f}; allowed are {max_drop:g}, and one sample is {100 / judged.evaluated:.2f}",
             hint="Nothing was written. Use --precision fp16, or allow more with --max-drop.",
         )
     return scores
