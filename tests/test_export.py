@@ -199,7 +199,7 @@ def test_what_loses_accuracy_is_refused(run: Path) -> None:
         spoiled.head.linear.weight.neg_()
         spoiled.head.linear.bias.neg_()
     ours, worse = (Predictor(one, card, device="cpu", data=settings.data) for one in (classifier, spoiled))
-    reading = {"batch_size": 64, "num_workers": 0}
+    reading = {"batch_size": 64, "num_workers": 0, "split": "val"}
     kept = gate.check_split(ours, ours, corpus, max_drop=0.0, precision="int8", **reading)
     assert kept["flips"] == 0 and kept["accuracy"] == kept["accuracy_of_pytorch"]
     with pytest.raises(GateRefused, match="falls by"):

@@ -24,7 +24,7 @@ from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
 from videogru.data.layouts import Corpus
 from videogru.deploy import graph, stepped
 from videogru.deploy.examples import example_for
-from videogru.deploy.gate import SHAPES, SPLIT, Checked, cases_of, check_shapes, check_split
+from videogru.deploy.gate import SHAPES, Checked, cases_of, check_shapes, check_split, split_to_check
 from videogru.errors import ConfigError, DataError
 from videogru.exported.folder import (
     CARD_NAME,
@@ -83,11 +83,11 @@ class ExportOutcome:
         areas = self.checked.get("auroc"), self.checked.get("auroc_of_pytorch")
         said = [
             f"exported: {self.folder} ({self.bytes / 1e6:.2f} MB, {share:.2f} of the model file)",
-            f"validation: accuracy {kept:.4f}, PyTorch {before:.4f}; {self.checked['flips']} of "
+            f"{self.checked['split']}: accuracy {kept:.4f}, PyTorch {before:.4f}; {self.checked['flips']} of "
             f"{self.checked['samples']} get another class",
         ]
         if None not in areas:
-            said.append(f"validation: AUROC {areas[0]:.4f}, PyTorch {areas[1]:.4f}")
+            said.append(f"{self.checked['split']}: AUROC {areas[0]:.4f}, PyTorch {areas[1]:.4f}")
         return [*said, f"run it: python {self.folder / EXAMPLE_NAME} FRAMES.npy"]
 
 
@@ -113,8 +113,7 @@ def export_model(
     check_wanted(classifier, format=format, precision=precision, step=step)
     target = new_folder(model, out, f"{format}-{precision}{'-step' * step}")
     corpus = runs.with_classes_of(corpus, card.classes, model)
-    if not len(corpus.manifest.rows(SPLIT)):
-        raise DataError(f"an export is compared on the split {SPLIT}, which has no rows", where=corpus.name)
+    split = split_to_check(corpus)
     predictor = Predictor(classifier, card, device="cpu", data=settings.data)
     clips = calibration_clips(corpus, predictor, settings)
     say(f"exporting {model} to {format} {precision}")
@@ -127,6 +126,7 @@ def export_model(
             predictor,
             Predictor.from_file(folder, device="cpu", data=settings.data),
             corpus,
+            split=split,
             batch_size=settings.train.batch_size,
             num_workers=settings.train.num_workers,
             max_drop=max_drop,

@@ -18,7 +18,6 @@ from videogru.inference.predict import Predictor
 from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
 
-SPLIT: Split = "val"
 # (clips, steps) that an export is asked for, none of them the one it was traced with.
 SHAPES = ((1, 7), (3, 4), (2, 1), (4, 11), (1, 32))
 # Largest difference of a probability from PyTorch's. Rounded weights move probabilities near a boundary between
@@ -34,7 +33,7 @@ _RESAMPLES = 100  # of intervals, which are not used here
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Figures of the checks: differences of probabilities, and scores on the validation split in 0..1.
+    """Figures of the checks: differences of probabilities, and scores on a split in 0..1.
 
     auroc: nan where only one class occurs; flips: samples of another class than PyTorch's.
     """
@@ -43,6 +42,7 @@ class Checked:
     largest_difference: float
     mean_difference: float
     padding_difference: float
+    split: Split
     samples: int
     flips: int
     accuracy: float
@@ -137,29 +137,37 @@ def _alone(case: Arrays, place: int) -> Arrays:
     return {name: array[[place]] if name == "lengths" else array[[place], :length] for name, array in case.items()}
 
 
+def split_to_check(corpus: Corpus) -> Split:
+    """val, else test, as data sets such as CIFAR-100 come without val. Raises DataError where both are empty."""
+    for split in ("val", "test"):
+        if len(corpus.manifest.rows(split)):
+            return split
+    raise DataError("an export is compared on the split val or test, and this data set has neither", where=corpus.name)
+
+
 def check_split(
     predictor: Predictor,
     exported: Predictor,
     corpus: Corpus,
     *,
+    split: Split,
     batch_size: int,
     num_workers: int | None,
     max_drop: float,
     precision: str,
 ) -> dict[str, Any]:
-    """Scores of both on the validation split. Raises GateRefused where the export loses too much.
+    """Scores of both on a split. Raises GateRefused where the export loses too much.
 
     fp32: every sample must get the same class; otherwise accuracy may fall by `max_drop` percentage points. Raises
     DataError where no row has a label or can be read.
     """
-    rows = corpus.manifest.rows(SPLIT)
-    if not len(rows):
-        raise DataError("an export is compared on the validation split, and this data set has none", where=corpus.name)
+    rows = corpus.manifest.rows(split)
     reading = {"batch_size": batch_size, "num_workers": num_workers}
     said, wanted = (one.predict(corpus, rows, **reading) for one in (exported, predictor))  # type: ignore[arg-type]
     flips = int((said.predicted != wanted.predicted).sum())
     judged, judged_wanted = (evaluate(one, resamples=_RESAMPLES) for one in (said, wanted))
-    scores = {
+    scores: dict[str, Any] = {
+        "split": split,
         "samples": judged.evaluated,
         "flips": flips,
         "accuracy": judged.metrics["top1"].value,
@@ -168,14 +176,15 @@ def check_split(
         "auroc_of_pytorch": judged_wanted.metrics["auroc"].value,
     }
     if judged.failed != judged_wanted.failed:
-        raise _refused(f"{judged.failed} validation samples fail, {judged_wanted.failed} do in PyTorch")
+        raise _refused(f"{judged.failed} {split} samples fail, {judged_wanted.failed} do in PyTorch")
     if precision == "fp32" and flips:
-        raise _refused(f"{flips} of {len(rows)} validation samples get another class than from PyTorch")
+        raise _refused(f"{flips} of {len(rows)} {split} samples get another class than from PyTorch")
     drop = 100 * (scores["accuracy_of_pytorch"] - scores["accuracy"])
     if drop > max_drop:
         raise GateRefused(
-            f"refused: accuracy on {judged.evaluated} validation samples falls by {drop:.2f} points, from "
-            f"{scores['accuracy_of_pytorch']:.4f} to {scores['accuracy']:.4f}; allowed are {max_drop:g}, and one sample is {100 / judged.evaluated:.2f}",
+            f"refused: accuracy on {judged.evaluated} {split} samples falls by {drop:.2f} points, from "
+            f"{scores['accuracy_of_pytorch']:.4f} to {scores['accuracy']:.4f}; allowed are {max_drop:g}, "
+            f"and one sample is {100 / judged.evaluated:.2f}",
             hint="Nothing was written. Use --precision fp16, or allow more with --max-drop.",
         )
     return scores

@@ -112,7 +112,9 @@ def write_program(
     module: nn.Module, examples: tuple[Any, ...], shapes: dict[str, Any] | tuple[Any, ...], path: Path
 ) -> None:
     """Write a module as a program of torch.export. Raises ConfigError where it cannot be traced."""
-    with _quiet(), _refusing("pt2"), _without_autocast(), torch.no_grad():
+    # As the exporter to ONNX does: sizes of one are no constants.
+    any_size = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    with _quiet(), _refusing("pt2"), _without_autocast(), any_size, torch.no_grad():
         program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
         program.example_inputs = None  # they would be stored as a pickle
         for inner in program.graph_module.modules():
