@@ -58,6 +58,10 @@ def check_wanted(classifier: Classifier, *, format: str, precision: str, step: b
             f"model.cell={classifier.config.cell} has no int8: its recurrent part would stay in float32",
             hint="Use --precision fp16, or a gru, lstm or mingru.",
         )
+    if format == "pt2" and classifier.config.cell == "convgru" and not step:
+        raise ConfigError(
+            "model.cell=convgru has no pt2: torch.export freezes its number of clips", hint="Use --format onnx."
+        )
     if step and format == "tensorrt":
         raise ConfigError("--format tensorrt has no --step here", hint="Use --format onnx, openvino or pt2.")
     if step:

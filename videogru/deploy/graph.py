@@ -113,7 +113,7 @@ def write_program(
 ) -> None:
     """Write a module as a program of torch.export. Raises ConfigError where it cannot be traced."""
     # As the exporter to ONNX does: sizes of one are no constants.
-    any_size = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    any_size = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with _quiet(), _refusing("pt2"), _without_autocast(), any_size, torch.no_grad():
         program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
         program.example_inputs = None  # they would be stored as a pickle
