@@ -8,7 +8,9 @@ import pytest
 from videogru.settings import known_keys
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/article.md", "docs/video.md", "docs/training.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/article.md", "docs/video.md", "docs/training.md", "docs/deploy.md"]
+)
 def test_settings_and_tests_that_are_named_exist(repository: Path, name: str) -> None:
     text = (repository / name).read_text(encoding="utf-8")
     keys = set(re.findall(r"\b(?:data|model|train)\.[a-z_]+(?:\.[a-z_]+)?(?==)", text))
@@ -23,7 +25,16 @@ def test_settings_and_tests_that_are_named_exist(repository: Path, name: str) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/article.md", "docs/video.md", "docs/training.md", "docs/log.md", "CHANGELOG.md"]
+    "name",
+    [
+        "README.md",
+        "docs/article.md",
+        "docs/video.md",
+        "docs/training.md",
+        "docs/deploy.md",
+        "docs/log.md",
+        "CHANGELOG.md",
+    ],
 )
 def test_links_and_tools_that_are_named_exist(repository: Path, name: str) -> None:
     place = repository / name

@@ -302,3 +302,38 @@ def test_bench_measures_each_in_its_own_process(run: Path, onnx_folder: Path, tm
     assert theirs["peak_mebibytes"] < ours["peak_mebibytes"]  # no torch in that process
     assert "onnx fp32" in (tmp_path / "bench.txt").read_text()
     assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_one_frame_at_a_time_is_proven_too(tmp_path: Path, precision: str) -> None:
+    trained = videogru(
+        *("train", "--dataset", "adrenalmnist3d", "--epochs", "1", "--out", tmp_path / "run", "--batch-size", "64"),
+        *("--set", "model.encoder_width=8", "--set", "model.hidden_size=8", "--set", "data.num_frames=8"),
+        *("--set", "train.num_workers=0", "--set", "model.temporal=causal"),
+    )
+    assert trained.code == 0, trained.err
+    words = ("--format", "onnx", "--step", "--precision", precision, "--max-drop", "3")
+    folder = exported(tmp_path / "run", tmp_path / "step", *words)
+    done = videogru("eval", folder, "--split", "val", "--out", tmp_path / "scores")
+    assert done.code == 0, done.err
+    said, wanted = (read_csv(at / "predictions-val.csv") for at in (tmp_path / "scores", tmp_path / "run"))
+    np.testing.assert_allclose(said.probabilities, wanted.probabilities, atol=1e-5 if precision == "fp32" else 0.1)
+    refused = videogru("export", tmp_path / "run", "--format", "tensorrt", "--step", "--out", tmp_path / "none")
+    assert refused.code == 2
+    np.save(tmp_path / "clip.npy", np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32))
+    ended = subprocess.run(
+        [sys.executable, str(folder / "example.py"), str(tmp_path / "clip.npy")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[0] in wanted.classes
+
+
+def test_a_model_that_needs_frames_to_come_has_no_step(run: Path, tmp_path: Path) -> None:
+    done = videogru("export", run, "--format", "onnx", "--step", "--out", tmp_path / "none")
+    assert done.code == 2
+    assert "temporal=bi" in done.err
+    assert list(tmp_path.iterdir()) == []
