@@ -285,7 +285,7 @@ def _draw(bench: Bench) -> Any:
         axes.barh(names, values, color="#4878a8")
         axes.set_xlabel(title)
         for place, value in enumerate(values):
-            axes.annotate(f" {value:.3g}", (value, place), va="center", fontsize=8)
+            axes.annotate(f" {value:.3g}", (value, place - 0.05), va="bottom", fontsize=8)
         axes.margins(x=0.18)
     for place, one in enumerate(bench.entries):
         figure.axes[0].plot([one.latency_p50_ms, one.latency_p95_ms], [place, place], color="#222222", linewidth=1)
