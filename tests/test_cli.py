@@ -45,6 +45,10 @@ def test_flags_grow_only_on_purpose() -> None:
             *("paths", "--model", "--out", "--format", "--top-k", "--views", "--series", "--windows"),
             *("--window-seconds", "--min-confidence", "--explain", "--device", "--volume", "--max-memory", "--set"),
         ],
+        "stream": [
+            *("source", "--model", "--out", "--every", "--top-k", "--size", "--fps"),
+            *("--step-seconds", "--restart", "--device"),
+        ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
         "export": ["run_or_model", "--format", "--precision", "--step", "--max-drop", "--out", "--data-dir"],
         "bench": ["models", "--split", "--threads", "--batch-size", "--rounds", "--data-dir", "--out"],
@@ -69,7 +73,10 @@ def test_help_is_light() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["train"], ["eval"], ["infer"], ["export"], ["bench"], ["data", "list"], ["data", "info"], ["data", "check"]],
+    [
+        *(["train"], ["eval"], ["infer"], ["stream"], ["export"], ["bench"]),
+        *(["data", "list"], ["data", "info"], ["data", "check"]),
+    ],
 )
 def test_every_command_shows_examples(typed, command: list[str]) -> None:
     code, out, _ = typed(*command, "--help")

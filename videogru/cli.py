@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from videogru import __version__
+from videogru import __version__, cli_stream
 from videogru.cli_data import data_app
 from videogru.cli_deploy import add_commands
 from videogru.errors import ConfigError, VideogruError
@@ -44,6 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+app.command(epilog=cli_stream.EXAMPLES)(cli_stream.stream)
 
 
 # A full disk, missing rights, a name too long: nothing that a traceback would explain.

@@ -21,25 +21,22 @@ import av
 import numpy as np
 import torch
 from av.error import FFmpegError
-from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from videogru.config import Kind
 from videogru.data.time_stamps import increasing, spread
+from videogru.data.video_container import MAX_FRAME_PIXELS, picture_of, upright, video_stream
 from videogru.data.video_index import Key, PacketTable, Picture, VideoIndex, facts_of, kept_indexes, row_of
 from videogru.data.video_seek import BrokenPromise, MaybeHalf, decode_run
 from videogru.errors import SourceError
 from videogru.sequence import Unit
 
 MAX_CLIP_BYTES = 4 * 2**30
-MAX_FRAME_PIXELS = 2**26  # twice 8K; a damaged header claims anything
 # Demuxers that guess time stamps, or land anywhere after a seek.
 _SEQUENTIAL_FORMATS = {"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "m4v"}
 # Lists of other files: a source is one file.
 _PLAYLISTS = {"hls", "concat", "dash", "imf", "sdp", "rtsp"}
-# Before PyAV 17 there was no other way than one thread.
-_ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 Result = TypeVar("Result")
 
 
@@ -98,6 +95,26 @@ class PyavVideo:
             clip[step] = frame
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
+    def one_by_one(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        """The frames at increasing `indices` as RGB (H W 3), decoded in one pass over the file, one at a time.
+
+        For who reads most of a long video: nothing is decoded twice, nothing kept. Raises SourceError where one cannot
+        be decoded.
+        """
+        wanted = [int(index) for index in indices]
+        # By its time, where the index is trusted; else by its place, as the index was made.
+        stamps = None if self._table is None else self._table.stamps
+        declared, order, frames = len(self.positions), -1, self._frames_in_order()
+        for index in wanted:
+            while True:
+                frame = self.guard(lambda: next(frames, None))
+                order += 1
+                if frame is None or (stamps is not None and frame.pts is not None and frame.pts > stamps[index]):
+                    raise self._truncated(index, declared, order)
+                if order == index if stamps is None else frame.pts == stamps[index]:
+                    break
+            yield self.guard(lambda frame=frame: self.upright(frame))  # type: ignore[misc]
+
     def close(self) -> None:
         """Let go of the file; may be called twice."""
         if self._container is not None:
@@ -135,28 +152,10 @@ class PyavVideo:
         # Titles in an old encoding are no reason to refuse a video.
         self._container = av.open(str(self.path.absolute()), options=options, metadata_errors="replace")
         names = set(self._container.format.name.split(","))
-        # FFmpeg's choice, as players show it; but never a cover picture.
-        best = self._container.streams.best("video")
-        streams = [
-            s for s in (best, *self._container.streams.video) if s and not s.disposition & Disposition.attached_pic
-        ]
-        if names & _PLAYLISTS or not streams:
-            what = "is a list of other files" if names & _PLAYLISTS else "holds no video stream"
+        if names & _PLAYLISTS:
+            what = "is a list of other files"
             raise SourceError(what, where=self.path, hint="Give a file that holds the video itself.")
-        self._stream = streams[0]
-        codec = self._stream.codec_context
-        if codec is None:
-            raise SourceError("is in a codec that FFmpeg does not know", where=self.path, hint="Re-encode it.")
-        if codec.width * codec.height > MAX_FRAME_PIXELS:
-            raise SourceError(
-                f"declares frames of {codec.width}x{codec.height}, more than {MAX_FRAME_PIXELS >> 20} megapixels",
-                where=self.path,
-                hint="The header may be damaged; if not, make the video smaller first.",
-            )
-        codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
-        # Speed comes from worker processes; threads cost a third more and can lock up on damaged files.
-        self._stream.thread_type = "NONE"
-        self._stream.codec_context.thread_count = 1
+        self._stream = video_stream(self._container, self.path)
         self._untouched = True
 
     def _index(self) -> None:
@@ -225,20 +224,15 @@ class PyavVideo:
         self._publish(stamps * base.numerator / base.denominator, table.last_duration)
 
     def _describe(self, frame: Any) -> None:
-        transposed, flip_y, flip_x = _turn(frame)
-        aspect = self._stream.sample_aspect_ratio  # width of a pixel over its height, as stored
-        ratio = float(aspect) if aspect else 1.0
-        ratio = ratio if transposed else 1.0 / ratio
-        size = frame.width, frame.height
-        self._picture = Picture(size, transposed, flip_y, flip_x, not frame.interlaced_frame, ratio)
-        width, height = size[::-1] if transposed else size
+        self._picture = picture_of(frame, self._stream)
+        width, height = self._picture.size[::-1] if self._picture.transposed else self._picture.size
         self.details |= {
             "codec": self._stream.codec_context.name,
             "format": self._container.format.name,
             "width": width,
             "height": height,
             "rotation_degrees": int(frame.rotation),
-            "pixel_aspect": ratio,
+            "pixel_aspect": self._picture.aspect,
         }
         if self._stream.frames:
             self.details["declared_frames"] = int(self._stream.frames)
@@ -377,20 +371,4 @@ class PyavVideo:
 
     def upright(self, frame: Any) -> NDArray[np.uint8]:
         """A decoded frame as RGB (H W 3) of the first frame's size, turned as the file asks for."""
-        picture = self._picture
-        width, height = picture.size
-        # A stream may change its size midway; like FFmpeg, keep the first.
-        rgb: Any = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", **_ONE_THREAD)
-        pixels: NDArray[np.uint8] = rgb.to_ndarray()
-        if picture.transposed:
-            pixels = pixels.transpose(1, 0, 2)
-        return pixels[:: -1 if picture.flip_y else 1, :: -1 if picture.flip_x else 1]
-
-
-def _turn(frame: Any) -> tuple[bool, bool, bool]:
-    """(transpose, flip rows, flip columns) of the display matrix, (x, y) -> (ax+cy, bx+dy): libavutil/display.h."""
-    for item in frame.side_data:
-        if item.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = np.frombuffer(bytes(item), dtype=np.int32)[:5].tolist()
-            return (False, d < 0, a < 0) if abs(a) >= abs(c) else (True, b < 0, c < 0)
-    return (False, False, False)
+        return upright(frame, self._picture, self._reformatter)

@@ -126,7 +126,11 @@ def _matches(text: str) -> list[str]:
 
 def newest_fitting(asked: Sequence[str], say: Say) -> Path:
     """The newest run whose kind is that of the first input. Raises ModelFileError where there is none."""
-    kind = _first_kind(asked)
+    return newest_of_kind(_first_kind(asked), say)
+
+
+def newest_of_kind(kind: Kind | None, say: Say) -> Path:
+    """The newest run of a kind, None: of any. Raises ModelFileError where there is none."""
     found = newest_model(RUNS, kind)
     if found is None:
         command = f"videogru train --dataset {_TRAIN_HINT[kind]}" if kind else "videogru train --dataset NAME"
