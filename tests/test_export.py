@@ -337,3 +337,32 @@ def test_a_model_that_needs_frames_to_come_has_no_step(run: Path, tmp_path: Path
     assert done.code == 2
     assert "temporal=bi" in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("which", ["onnx", "int8"])
+def test_the_example_needs_a_venv_with_the_runtime_and_numpy_alone(
+    request: pytest.FixtureRequest, tmp_path: Path, which: str
+) -> None:
+    folder = request.getfixturevalue(f"{which}_folder")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    (inside,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    outside = Path(np.__file__).parents[1]
+    wanted = ["numpy", "numpy.libs", *{"onnx": ["onnxruntime"], "int8": ["openvino", "openvino.libs"]}[which]]
+    # What these declare that they need, and the example does use.
+    for name in (*wanted, "flatbuffers", "google", "packaging", "openvino_telemetry"):
+        if (outside / name).exists():
+            (inside / name).symlink_to(outside / name)
+    python = tmp_path / "venv" / "bin" / "python"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    bare = subprocess.run([str(python), "-c", "import torch"], env=environment, capture_output=True, check=False)
+    assert bare.returncode == 1
+    np.save(tmp_path / "clip.npy", np.random.default_rng(0).random((6, 1, 28, 28), dtype=np.float32))
+    ended = subprocess.run(
+        [str(python), str(folder / "example.py"), str(tmp_path / "clip.npy")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[0] in json.loads((folder / "card.json").read_text())["labels"]
