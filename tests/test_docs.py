@@ -9,7 +9,7 @@ from videogru.settings import known_keys
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/article.md", "docs/video.md", "docs/training.md", "docs/deploy.md"]
+    "name", ["README.md", "docs/article.md", "docs/video.md", "docs/training.md", "docs/deploy.md", "docs/export.md"]
 )
 def test_settings_and_tests_that_are_named_exist(repository: Path, name: str) -> None:
     text = (repository / name).read_text(encoding="utf-8")
@@ -27,7 +27,8 @@ def test_settings_and_tests_that_are_named_exist(repository: Path, name: str) ->
 @pytest.mark.parametrize(
     "name",
     [
-        *("README.md", "docs/article.md", "docs/video.md", "docs/training.md", "docs/deploy.md", "docs/log.md"),
+        *("README.md", "docs/article.md", "docs/video.md", "docs/training.md", "docs/deploy.md", "docs/export.md"),
+        "docs/log.md",
         "CHANGELOG.md",
     ],
 )

@@ -50,7 +50,7 @@ def predictor(classifier: nn.Module) -> Predictor:
     model = ModelConfig(encoder_width=4, hidden_size=6)
     real = Classifier(model, in_channels=1, frame_size=8, num_classes=3, mean=(0.5,), std=(0.2,))
     made = Predictor(real, make_card(real, kind="volume", classes=("a", "b", "c"), data=data), device="cpu")
-    made.classifier = classifier  # type: ignore[assignment]
+    made._model = classifier  # type: ignore[assignment]
     return made
 
 

@@ -60,9 +60,9 @@ def test_a_saved_config_comes_back(tmp_path: Path) -> None:
 def test_labels_follow_the_models_class_order() -> None:
     manifest = build_manifest(Path(), ("b", "c"), ["1", "2", "3"], [0, 1, -1])
     corpus = Corpus("x", "image", ("b", "c"), manifest, None, None, 0, ())
-    aligned = runs._with_classes_of(corpus, ("c", "a", "b"), Path("m"))
+    aligned = runs.with_classes_of(corpus, ("c", "a", "b"), Path("m"))
     assert aligned.manifest.labels.tolist() == [2, 0, -1]
     with pytest.raises(DataError, match="does not know the classes c"):
-        runs._with_classes_of(corpus, ("a", "b"), Path("m"))
-    same = runs._with_classes_of(corpus, ("b", "c"), Path("m"))
+        runs.with_classes_of(corpus, ("a", "b"), Path("m"))
+    same = runs.with_classes_of(corpus, ("b", "c"), Path("m"))
     assert np.array_equal(same.manifest.labels, replace(manifest).labels)

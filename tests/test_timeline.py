@@ -64,7 +64,7 @@ def predictor(window_seconds: tuple[float, ...] = (1.0,)) -> Predictor:
     classifier, data = real_model()
     card = make_card(classifier, kind="video", classes=CLASSES, data=data, window_seconds=window_seconds)
     made = Predictor(classifier, card, device="cpu")
-    made.classifier = ByBrightness()  # type: ignore[assignment]
+    made._model = ByBrightness()  # type: ignore[assignment]
     return made
 
 

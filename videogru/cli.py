@@ -1,6 +1,6 @@
 """The command line: short, frozen flags; the only place that prints errors and exits.
 
-Exit codes: 0 ok, 1 internal error, 2 usage, settings or data, 3 some inputs failed, 130 interrupted.
+Exit codes: 0 ok, 1 internal error, 2 usage, settings or data, 3 some inputs failed, 4 refused, 130 interrupted.
 Heavy modules are imported inside the commands, so that `videogru --help` answers at once.
 """
 
@@ -18,6 +18,7 @@ import typer
 
 from videogru import __version__, cli_stream
 from videogru.cli_data import data_app
+from videogru.cli_deploy import add_commands
 from videogru.cli_model import model_app
 from videogru.errors import ConfigError, VideogruError
 from videogru.options import (
@@ -181,7 +182,7 @@ def _start_processes(wanted: tuple[int, int] | None) -> None:
     "videogru eval model.safetensors --dataset table.csv --out scores/",
 )
 def evaluate(
-    run_or_model: Annotated[Path, typer.Argument(help="Run folder or model file.")],
+    run_or_model: Annotated[Path, typer.Argument(help="Run folder, model file or export.")],
     split: Annotated[SplitName, typer.Option(help="Rows to evaluate on.")] = SplitName.test,
     dataset: Annotated[str | None, typer.Option(help="Another data set than the model was trained on.")] = None,
     data_dir: DataDirOption = None,
@@ -248,7 +249,7 @@ def infer(
     paths: Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="PATHS...")],
     model: Annotated[
         Path | None,
-        typer.Option(help="Model file or run folder; default: the newest run that fits.", show_default=False),
+        typer.Option(help="Model file, run or export; default: the newest run that fits.", show_default=False),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; default: the terminal.", show_default=False)] = None,
     format: Annotated[
@@ -341,6 +342,9 @@ def infer(
         )
     if failed:
         raise typer.Exit(3)
+
+
+add_commands(app)
 
 
 def main() -> None:

@@ -41,6 +41,12 @@ class ModelFileError(VideogruError):
     """A model file that is missing, foreign, damaged or of another kind than its input."""
 
 
+class GateRefused(VideogruError):
+    """Something that was made and measured, and is not good enough to be kept."""
+
+    exit_code = 4
+
+
 class SourceError(VideogruError):
     """One source (video, volume, image) that cannot be read; the others go on."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from videogru import __version__
 from videogru.config import MAX_CHANNELS, DataConfig, Kind, ModelConfig
 from videogru.errors import ConfigError, ModelFileError, VideogruError
+from videogru.exported.folder import is_exported, read_export_card
 from videogru.models.classifier import Classifier, Normalize
 
 FORMAT_VERSION = 2  # 2: the golden sample
@@ -159,7 +160,9 @@ def write_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
 
 
 def read_card(path: Path) -> ModelCard:
-    """The card of a model file; reads its header only. Raises ModelFileError."""
+    """The card of a model file, of which only the header is read, or of an export. Raises ModelFileError."""
+    if is_exported(path):
+        return _validated(path, json.dumps(read_export_card(path).model_card))
     with _opened(path) as file:
         return _card_of(path, file.metadata())
 
@@ -201,7 +204,9 @@ def read_model(path: Path, device: torch.device | str = "cpu") -> tuple[Classifi
 
 
 def find_model(path: Path) -> Path:
-    """The model file that `path` names: itself, or model.safetensors of a run folder. Raises ModelFileError."""
+    """The model that `path` names: a model file, that of a run folder, or an export. Raises ModelFileError."""
+    if is_exported(path):
+        return path
     if path.is_dir():
         inside = path / MODEL_FILE_NAME
         if inside.is_file():
@@ -209,7 +214,7 @@ def find_model(path: Path) -> Path:
         raise ModelFileError(
             f"this folder has no {MODEL_FILE_NAME}",
             where=path,
-            hint="Name a finished run, or a .safetensors model file.",
+            hint="Name a finished run, a .safetensors model file, or a folder of `videogru export`.",
         )
     if not path.is_file():
         raise _missing(path)
@@ -230,6 +235,12 @@ def newest_model(runs: Path, kind: Kind | None = None) -> Path | None:
 
 
 def _opened(path: Path) -> Any:
+    if is_exported(path):
+        raise ModelFileError(
+            "this needs the model that PyTorch runs, and an export has none",
+            where=path,
+            hint="Name the run or the .safetensors file that it was exported from.",
+        )
     if path.is_dir():
         raise ModelFileError("this is a folder, not a model file", where=path, hint=f"Name {path / MODEL_FILE_NAME}.")
     if not path.exists():
@@ -273,6 +284,10 @@ def _card_of(path: Path, header: dict[str, str] | None) -> ModelCard:
             where=path,
             hint="Update videogru: pip install --upgrade videogru",
         )
+    return _validated(path, text)
+
+
+def _validated(path: Path, text: str) -> ModelCard:
     try:
         return ModelCard.model_validate_json(text)
     except ValidationError as error:

@@ -24,6 +24,7 @@ from videogru.data.layouts import Corpus, open_corpus
 from videogru.data.video import check_decoder
 from videogru.data.views import ONE_VIEW, Views, check_views
 from videogru.errors import ConfigError, DataError, ModelFileError
+from videogru.exported.folder import is_exported
 from videogru.inference.evaluate import Evaluation, evaluate
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, read_csv
@@ -204,7 +205,7 @@ def assess(
     # JPEG is near the file's frames, but what is reported must be what `infer` says of the file.
     cache = "none" if config.data.cache == "jpeg" else config.data.cache
     predictor = Predictor.from_file(model, device=device, data=config.data.model_copy(update={"cache": cache}))
-    corpus = _with_classes_of(corpus, predictor.card.classes, model)
+    corpus = with_classes_of(corpus, predictor.card.classes, model)
     predictions: dict[str, Predictions] = {}
     evaluations: dict[str, Evaluation] = {}
     for split in splits:
@@ -240,14 +241,14 @@ def assess(
         curves=read_curves(run / "metrics.csv") if (run / "metrics.csv").is_file() else [],
         config_yaml=config.to_yaml(),
         strips=lambda i: _strip(corpus, predictor.data, int(predictions[last].rows[i])),
-        facts=_facts(predictor, corpus, evaluations, last),
+        facts=_facts(predictor, model, corpus, evaluations, last),
         commands=[*commands, _typed("infer", _EXAMPLE[corpus.kind], "--model", model)],
         step_name={"video": "frames", "volume": "slices", "image": "image"}[corpus.kind],
     )
     return Outcome(run, evaluations, report)
 
 
-def _with_classes_of(corpus: Corpus, classes: tuple[str, ...], model: Path) -> Corpus:
+def with_classes_of(corpus: Corpus, classes: tuple[str, ...], model: Path) -> Corpus:
     """The corpus with labels in the model's class order; it may lack classes, but not have others."""
     strangers = tuple(name for name in corpus.classes if name not in classes)
     if strangers:
@@ -262,10 +263,14 @@ def _with_classes_of(corpus: Corpus, classes: tuple[str, ...], model: Path) -> C
     return replace(corpus, classes=classes, manifest=manifest)
 
 
-def _facts(predictor: Predictor, corpus: Corpus, evaluations: dict[str, Evaluation], shown: str) -> dict[str, str]:
-    parts = predictor.classifier.describe()
-    facts = {f"{part} parameters": f"{count:,}" for part, count in parts.items() if part != "steps_per_frame"}
-    facts["steps per frame"] = str(parts["steps_per_frame"])
+def _facts(
+    predictor: Predictor, model: Path, corpus: Corpus, evaluations: dict[str, Evaluation], shown: str
+) -> dict[str, str]:
+    facts: dict[str, str] = {}
+    if not is_exported(model):
+        parts = predictor.classifier.describe()
+        facts |= {f"{part} parameters": f"{count:,}" for part, count in parts.items() if part != "steps_per_frame"}
+        facts["steps per frame"] = str(parts["steps_per_frame"])
     facts |= {"data set": corpus.name, "kind": corpus.kind}
     facts |= {f"rows in {split}": f"{len(corpus.manifest.rows(split)):,}" for split in SPLITS}
     for split, evaluation in evaluations.items():
@@ -302,14 +307,14 @@ def evaluate_run(
 
     views: clips times crops of each source, whose probabilities are averaged.
     """
-    model, settings, corpus = _opened(path, dataset=dataset, data_dir=data_dir)
+    model, settings, corpus = open_run(path, dataset=dataset, data_dir=data_dir)
     if dataset is not None and out is None:
         raise ConfigError("results on another data set do not belong into the run", hint="Name a folder: --out FOLDER")
     check_views(views, settings.data.for_kind(corpus.kind), corpus.kind)
     run = path if path.is_dir() else path.parent
     # The run's own files and report are those of the test split, or of val where there is none.
     usual = "test" if len(corpus.manifest.rows("test")) else "val"
-    plain = split == usual and views == ONE_VIEW
+    plain = split == usual and views == ONE_VIEW and not is_exported(path)
     suffix = "" if views == ONE_VIEW else f"-{views[0]}x{views[1]}"
     target = out or (run if plain else run / f"eval-{split}{suffix}")
     try:
@@ -328,8 +333,8 @@ def evaluate_run(
     )
 
 
-def _opened(path: Path, *, dataset: str | None, data_dir: Path | None) -> tuple[Path, Config, Corpus]:
-    """Model file, settings and data of a run folder or model file; `dataset` names another data set than its own."""
+def open_run(path: Path, *, dataset: str | None, data_dir: Path | None) -> tuple[Path, Config, Corpus]:
+    """Model, settings and data of a run folder, model file or export; `dataset` names another data set than its own."""
     model = find_model(path)
     card = read_card(model)
     run = path if path.is_dir() else path.parent
@@ -353,16 +358,16 @@ def _opened(path: Path, *, dataset: str | None, data_dir: Path | None) -> tuple[
 
 def probe_run(path: Path, *, split: Split, data_dir: Path | None, device: str, say: Say) -> Probe:
     """Whether the model of a run uses the order of its steps; also written to probe-<split>.json in the run."""
-    model, settings, corpus = _opened(path, dataset=None, data_dir=data_dir)
+    model, settings, corpus = open_run(path, dataset=None, data_dir=data_dir)
     predictor = Predictor.from_file(model, device=device, data=settings.data)
-    corpus = _with_classes_of(corpus, predictor.card.classes, model)
+    corpus = with_classes_of(corpus, predictor.card.classes, model)
     rows = corpus.manifest.rows(split)
     if not len(rows):
         raise _no_rows(corpus, split)
     say(f"probing {model} on {len(rows)} {split} rows of {corpus.name}")
     train = settings.train
     found = probe(predictor, corpus, rows, batch_size=train.batch_size, num_workers=train.num_workers, seed=train.seed)
-    written = model.parent / f"probe-{split}.json"
+    written = (model if is_exported(model) else model.parent) / f"probe-{split}.json"
     found.to_json(written)
     say(f"written to {written}")
     return found

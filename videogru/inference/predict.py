@@ -1,10 +1,11 @@
-"""A model file ready to answer; the same reading path as in training, one row out for every row in."""
+"""A model ready to answer, of a model file or an export; read as in training, one row out for every row in."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig
@@ -14,34 +15,60 @@ from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.video import check_decoder
 from videogru.data.views import ONE_VIEW, Views
-from videogru.errors import ConfigError
+from videogru.errors import ConfigError, ModelFileError
+from videogru.exported.folder import is_exported
+from videogru.exported.run import Exported, open_exported
 from videogru.inference.predictions import Predictions
-from videogru.modelfile import ModelCard, find_model, read_model
+from videogru.modelfile import ModelCard, find_model, read_card, read_model
 from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
+from videogru.shapes import BatchFrames, Gaps, Lengths
 
 Change = Callable[[SequenceBatch], SequenceBatch]
 
 
 class Predictor:
-    """Classifies rows of a corpus or single files with one model file.
+    """Classifies rows of a corpus or single files with one model file or export.
 
     device: auto, cpu, cuda, ...; data: changed reading options, else those the model was trained with.
     """
 
     def __init__(
-        self, classifier: Classifier, card: ModelCard, *, device: str = "auto", data: DataConfig | None = None
+        self,
+        model: Classifier | Exported,
+        card: ModelCard,
+        *,
+        device: str = "auto",
+        data: DataConfig | None = None,
     ) -> None:
         self.card = card
         self.data = (data if data is not None else card.data).for_kind(card.kind)
-        self.device = _device(device)
-        self.classifier = classifier.to(self.device).eval()
+        if isinstance(model, Exported):
+            self.device = torch.device("cpu")  # it moves what it is given
+            self._model: Classifier | Exported = model
+        else:
+            self.device = _device(device)
+            self._model = model.to(self.device).eval()
 
     @classmethod
     def from_file(cls, path: Path | str, *, device: str = "auto", data: DataConfig | None = None) -> "Predictor":
-        """path: a model file or a run folder. Raises ModelFileError where it is no usable model."""
-        classifier, card = read_model(find_model(Path(path)))
+        """path: a model file, run folder or export. Raises ModelFileError where it is no usable model."""
+        found = find_model(Path(path))
+        if is_exported(found):
+            return cls(open_exported(found, device=device), read_card(found), data=data)
+        classifier, card = read_model(found)
         return cls(classifier, card, device=device, data=data)
+
+    @property
+    def classifier(self) -> Classifier:
+        """What PyTorch runs. Raises ModelFileError where the model is an export, which has no such thing."""
+        if isinstance(self._model, Exported):
+            raise ModelFileError(
+                "this needs the model that PyTorch runs, and an export has none",
+                where=self._model.card.folder,
+                hint="Name the run or the .safetensors file that it was exported from.",
+            )
+        return self._model
 
     def predict(
         self,
@@ -124,11 +151,18 @@ class Predictor:
             frames = batch.frames[start : start + batch_size].to(self.device)
             lengths = batch.lengths[start : start + batch_size].to(self.device)
             gaps = None if batch.gaps is None else batch.gaps[start : start + batch_size].to(self.device)
-            said.append(self.classifier(frames, lengths, gaps).double().softmax(dim=1).cpu())
+            said.append(self._probabilities(frames, lengths, gaps))
         rows, clip_row, counts = batch.indices.unique_consecutive(return_inverse=True, return_counts=True)
         sums = torch.zeros(len(rows), len(self.card.classes), dtype=torch.float64)
         sums.index_add_(0, clip_row, torch.cat(said))
         return rows.tolist(), (sums / counts.unsqueeze(1)).float().numpy()
+
+    def _probabilities(self, frames: BatchFrames, lengths: Lengths, gaps: Gaps | None) -> Float64[torch.Tensor, "B K"]:
+        if not isinstance(self._model, Exported):
+            logits: torch.Tensor = self._model(frames, lengths, gaps)
+            return logits.double().softmax(dim=1).cpu()
+        given = None if gaps is None else gaps.numpy()
+        return torch.from_numpy(self._model.probabilities(frames.numpy(), lengths.numpy(), given)).double()
 
     def predict_paths(
         self,

@@ -98,7 +98,9 @@ class LocalAttention(nn.Module):
         with overlaps. Place q of a block and place w of its window lie w - radius - q steps apart.
         """
         S = steps.shape[1]
-        Q = min(S, max(self.radius, _SHORTEST_BLOCK))
+        Q = max(self.radius, _SHORTEST_BLOCK)
+        if not torch.compiler.is_exporting():  # a graph would keep which of the two it was
+            Q = min(S, Q)
         fill = -S % Q
         queries = F.pad(self.query(steps), (0, 0, 0, fill)).unflatten(1, (-1, Q)).unflatten(-1, (self.heads, -1))
         window, around = Q + self.radius + self.ahead, (self.radius, self.ahead + fill)

@@ -1,0 +1,129 @@
+"""The graph of one frame of a stream: the same answers as whole clips, for every kind of state."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+
+from videogru.config import DataConfig, ModelConfig
+from videogru.deploy import export
+from videogru.deploy.replay import replay
+from videogru.errors import ConfigError
+from videogru.exported.run import open_exported
+from videogru.modelfile import make_card
+from videogru.models.classifier import Classifier
+from videogru.sequence import SequenceBatch
+
+for _package in ("onnx", "onnxruntime", "onnxscript", "openvino"):
+    pytest.importorskip(_package)
+
+SIDE, STEPS = 16, 6
+
+
+@pytest.fixture(autouse=True)
+def _sizes_stay_free(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """See test_export: the tests' check of shapes would freeze sizes while a graph is traced."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def a_model(**settings: object) -> Classifier:
+    torch.manual_seed(0)
+    model = Classifier(
+        ModelConfig(encoder="small", encoder_width=8, hidden_size=8, temporal="causal", **settings),
+        in_channels=3,
+        frame_size=SIDE,
+        num_classes=4,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def clips() -> SequenceBatch:
+    draw = np.random.default_rng(0)
+    coarse = draw.integers(0, 256, (4, STEPS, 3, 4, 4), dtype=np.uint8)
+    frames = torch.from_numpy(np.kron(coarse, np.ones((1, 1, 1, SIDE // 4, SIDE // 4), np.uint8)))
+    lengths = torch.tensor([STEPS, 4, 1, 3])
+    gaps = torch.ones(4, STEPS)
+    gaps[:, 0] = 0
+    return SequenceBatch(frames, lengths, torch.arange(4), gaps=gaps)
+
+
+def made(model: Classifier, folder: Path, form: str, precision: str) -> Path:
+    folder.mkdir()
+    data = DataConfig(frame_size=SIDE, num_frames=STEPS).for_kind("video")
+    card = make_card(model, kind="video", classes=("a", "b", "c", "d"), data=data)
+    export.build(folder, model, card, [clips()], format=form, precision=precision, step=True)
+    return folder
+
+
+def wanted(model: Classifier) -> np.ndarray:
+    batch = clips()
+    gaps = batch.gaps if model.config.use_gaps else None
+    with torch.inference_mode():
+        return model(batch.frames, batch.lengths, gaps).softmax(dim=1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("onnx", {"cell": "gru", "num_layers": 2}),
+        ("openvino", {"cell": "lstm", "pooling": "attention"}),
+        ("pt2", {"cell": "mingru", "pooling": "max"}),
+        ("onnx", {"cell": "gru", "use_gaps": True, "frame_differences": "past", "pooling": "last"}),
+    ],
+)
+def test_frame_by_frame_is_the_whole_clip(tmp_path: Path, form: str, settings: dict[str, object]) -> None:
+    model, batch = a_model(**settings), clips()
+    exported = open_exported(made(model, tmp_path / "made", form, "fp32"))
+    said = exported.probabilities(batch.frames.numpy(), batch.lengths.numpy(), batch.gaps.numpy())
+    np.testing.assert_allclose(said, wanted(model), rtol=0, atol=2e-5)
+
+
+def test_streams_in_a_batch_and_states_by_name(tmp_path: Path) -> None:
+    model, batch = a_model(), clips()
+    exported = open_exported(made(model, tmp_path / "made", "onnx", "fp32"))
+    states = exported.fresh_states(4)
+    assert {name: list(array.shape) for name, array in states.items()} == {
+        name: [4, *tensor.shape[1:]] for name, tensor in model.initial_state(1).items()
+    }
+    torch_state = model.initial_state(4)
+    for step in range(3):
+        said = exported.step({"frame": batch.frames[:, step].numpy(), **states})
+        states = {name: said[f"{name}.next"] for name in states}
+        logits, torch_state = model.step(batch.frames[:, step], torch_state)
+        np.testing.assert_allclose(said["probabilities"], logits.softmax(dim=1).numpy(), rtol=0, atol=2e-5)
+        for name, tensor in torch_state.items():
+            np.testing.assert_allclose(states[name], tensor.numpy(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("form", "cell"), [("onnx", "gru"), ("openvino", "lstm")])
+def test_int8_in_a_fresh_process(tmp_path: Path, form: str, cell: str) -> None:
+    model, batch = a_model(cell=cell), clips()
+    folder = made(model, tmp_path / "made", form, "int8")
+    assert json.loads((folder / "card.json").read_text())["step"] is True
+    (said,) = replay(folder, [{"frames": batch.frames.numpy(), "lengths": batch.lengths.numpy()}])
+    difference = np.abs(said["probabilities"] - wanted(model))
+    assert 1e-6 < difference.max() < 0.05
+
+
+def test_a_model_that_reads_ahead_has_no_step(tmp_path: Path) -> None:
+    model = Classifier(
+        ModelConfig(encoder="pixels", encoder_width=4, hidden_size=4),
+        in_channels=1,
+        frame_size=4,
+        num_classes=2,
+        mean=(0.5,),
+        std=(0.5,),
+    )
+    with pytest.raises(ConfigError, match="temporal=bi"):
+        export.check_wanted(model, format="onnx", precision="fp32", step=True)

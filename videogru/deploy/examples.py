@@ -1,0 +1,88 @@
+"""The example beside an exported model: a script that needs the runtime and numpy, and nothing of videogru."""
+
+from videogru.exported.folder import ExportCard
+
+_HEAD = '''"""Class of a clip: python example.py FRAMES.npy
+
+FRAMES.npy holds raw frames {axes}, {values}; normalization is part of the model.
+Needs: {needs}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+{imports}
+folder = Path(__file__).parent
+labels = json.loads((folder / "card.json").read_text(encoding="utf-8"))["labels"]
+frames = np.load(sys.argv[1])
+'''
+_CLIP = """given = {"frames": frames[None], "lengths": np.array([len(frames)])}
+"""
+_GAPS = """given["gaps"] = np.load(sys.argv[2]).astype(np.float32)[None]  # (length): seconds or mm to the step before
+"""
+_RUN = {
+    "onnx": """session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+(probabilities,) = session.run(None, given)
+""",
+    "openvino": """model = openvino.Core().compile_model(folder / "model.xml", "CPU"{settings})
+probabilities = model(given)[0]
+""",
+    "pt2": """program = torch.export.load(folder / "model.pt2").module(check_guards=False)
+probabilities = program(*(torch.from_numpy(array) for array in given.values())).detach().numpy()
+""",
+    "tensorrt": """engine = load_engine(folder / "model.engine")
+probabilities = engine(given)["probabilities"]
+""",
+}
+_STEPS = {
+    "onnx": """session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+names = [output.name for output in session.get_outputs()]
+read = lambda given: dict(zip(names, session.run(None, given)))
+""",
+    "openvino": """model = openvino.Core().compile_model(folder / "model.xml", "CPU"{settings})
+names = [output.get_any_name() for output in model.outputs]
+read = lambda given: {{name: np.array(model(given)[name]) for name in names}}
+""",
+}
+_STREAM = """states = json.loads((folder / "card.json").read_text(encoding="utf-8"))["states"]
+state = {name: np.full((1, *s["shape"]), s["fill"], dtype=s["type"]) for name, s in states.items()}
+for frame in frames:
+    said = read({"frame": frame[None], **state})
+    probabilities = said["probabilities"]
+    state = {name: said[f"{name}.next"] for name in state}
+"""
+_TAIL = """best = int(probabilities[0].argmax())
+print(f"{labels[best]} {probabilities[0, best]:.3f}")
+"""
+_IMPORTS = {
+    "onnx": "import onnxruntime\n",
+    "openvino": "import openvino\n",
+    "pt2": "import torch\n",
+    "tensorrt": "from videogru.exported.tensorrt import load_engine\n",
+}
+_NEEDS = {
+    "onnx": "pip install numpy onnxruntime",
+    "openvino": "pip install numpy openvino",
+    "pt2": "pip install numpy torch",
+    "tensorrt": "pip install numpy tensorrt videogru",
+}
+
+
+def example_for(card: ExportCard) -> str:
+    """The script for an exported model."""
+    c, h, w = card.frame_shape
+    values = "uint8 in 0..255" if card.frame_type == "uint8" else "float32 in 0..1"
+    head = _HEAD.format(
+        axes=f"(length, {c}, {h}, {w})", values=values, needs=_NEEDS[card.format], imports=_IMPORTS[card.format]
+    )
+    settings = ', {"INFERENCE_PRECISION_HINT": "f32"}' if card.precision == "fp32" else ""
+    if card.step:
+        return (
+            head
+            + _STEPS[card.format].replace("{settings}", settings).replace("{{", "{").replace("}}", "}")
+            + (_STREAM + _TAIL)
+        )
+    gaps = _GAPS if "gaps" in card.inputs else ""
+    return head + _CLIP + gaps + _RUN[card.format].replace("{settings}", settings) + _TAIL

@@ -1,0 +1,115 @@
+"""The folder of an exported model: what its card.json says, checked. Nothing heavy is imported here."""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from videogru.errors import ConfigError, ModelFileError
+
+EXPORT_VERSION = 1
+CARD_NAME = "card.json"
+EXAMPLE_NAME = "example.py"
+NEXT = ".next"  # after the name of a state: what a step graph gives for the step after
+FORMATS = ("onnx", "openvino", "pt2", "tensorrt")
+PRECISIONS = ("fp32", "fp16", "int8")
+MODEL_FILES = {
+    "onnx": ("model.onnx",),
+    "openvino": ("model.xml", "model.bin"),
+    "pt2": ("model.pt2",),
+    "tensorrt": ("model.engine",),
+}
+# What writes and what runs a format: module, and the line that installs it.
+PACKAGES = {
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "pip install 'videogru[onnx]'"),
+    "openvino": (("onnx", "onnxscript", "onnxruntime", "openvino"), "pip install 'videogru[openvino]'"),
+    "pt2": (("torch",), "pip install torch"),
+    "tensorrt": (("onnx", "onnxscript", "onnxruntime", "tensorrt"), "pip install tensorrt 'videogru[onnx]'"),
+}
+EXPORT_AGAIN = "Copy the folder again, or export again: videogru export MODEL"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportCard:
+    """What card.json says: the format and precision, names in and out, labels, and the model's own card as it was.
+
+    files: SHA-256 by name; states: of a step graph, shape and type by name; checks: figures of the export.
+    """
+
+    folder: Path
+    format: str
+    precision: str
+    step: bool
+    files: dict[str, str]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    labels: tuple[str, ...]
+    frame_shape: tuple[int, int, int]
+    frame_type: str
+    states: dict[str, dict[str, Any]]
+    checks: dict[str, Any]
+    model_card: dict[str, Any]
+
+
+def is_exported(path: Path) -> bool:
+    """Whether `path` is the folder of an export."""
+    return path.is_dir() and (path / CARD_NAME).is_file()
+
+
+def check_packages(format: str) -> None:
+    """Raises ConfigError, with the line that installs it, where a package is missing that `format` is written with."""
+    modules, line = PACKAGES[format]
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"--format {format} needs the package {module}, which is not installed", hint=line)
+
+
+def read_export_card(folder: Path) -> ExportCard:
+    """The checked card.json of a folder. Raises ModelFileError where it does not hold."""
+    path = folder / CARD_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelFileError(f"cannot be read: {error.strerror}", where=path, hint=EXPORT_AGAIN) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError("damaged: it is no JSON", where=path, hint=EXPORT_AGAIN) from error
+    version = content.get("export_version") if isinstance(content, dict) else None
+    if type(version) is not int or version < 1:
+        raise ModelFileError("not the card of an exported model", where=path, hint=EXPORT_AGAIN)
+    if version > EXPORT_VERSION:
+        raise ModelFileError(
+            f"export version {version}, and this videogru reads up to {EXPORT_VERSION}",
+            where=path,
+            hint="Update videogru: pip install --upgrade videogru",
+        )
+    try:
+        card = ExportCard(
+            folder=folder,
+            format=content["format"],
+            precision=content["precision"],
+            step=content["step"],
+            files=dict(content["files"]),
+            inputs=tuple(content["inputs"]),
+            outputs=tuple(content["outputs"]),
+            labels=tuple(content["labels"]),
+            frame_shape=tuple(content["preprocessing"]["frame_shape"]),
+            frame_type=content["preprocessing"]["frame_type"],
+            states=dict(content["states"]),
+            checks=dict(content["checks"]),
+            model_card=dict(content["model_card"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"damaged: {error!r} is missing or wrong", where=path, hint=EXPORT_AGAIN) from error
+    if card.format not in FORMATS or set(card.files) != set(MODEL_FILES.get(card.format, ())):
+        raise ModelFileError(
+            f"damaged: files {sorted(card.files)} of format {card.format!r}", where=path, hint=EXPORT_AGAIN
+        )
+    return card
+
+
+def file_sum(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,166 @@
+"""Run an exported model with the runtime of its format, numpy in and out; only that runtime is imported."""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8
+from numpy.typing import NDArray
+
+from videogru.errors import ConfigError, ModelFileError
+from videogru.exported.folder import EXPORT_AGAIN, MODEL_FILES, NEXT, PACKAGES, ExportCard, file_sum, read_export_card
+
+_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "torch", "tensorrt": "tensorrt"}
+
+Arrays = dict[str, NDArray[Any]]
+Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
+FrameArray = UInt8[np.ndarray, "B T C H W"] | Float32[np.ndarray, "B T C H W"]
+
+
+class Exported:
+    """A loaded export. threads: of the runtime, None for its default; device: auto, cpu, or cuda where it can."""
+
+    def __init__(self, card: ExportCard, run: Run) -> None:
+        self.card, self._run = card, run
+
+    def probabilities(
+        self, frames: FrameArray, lengths: Int64[np.ndarray, " B"], gaps: Float32[np.ndarray, "B T"] | None = None
+    ) -> Float32[np.ndarray, "B K"]:
+        """Of each class, for clips as the readers give them, padded at the end to the longest.
+
+        A step graph reads their frames one by one.
+        """
+        given: Arrays = {"frames": frames, "lengths": lengths}
+        if "gaps" in self.card.inputs or "gap" in self.card.inputs:
+            if gaps is None:
+                raise ValueError("this model reads the gaps between steps (model.use_gaps): give them")
+            given["gaps"] = gaps
+        said = self._frame_by_frame(given) if self.card.step else self._run(given)["probabilities"]
+        return np.asarray(said, dtype=np.float32)
+
+    def _frame_by_frame(self, given: Arrays) -> NDArray[Any]:
+        frames, lengths = given["frames"], given["lengths"]
+        state = self.fresh_states(len(frames))
+        answers = np.empty((len(frames), len(self.card.labels)), np.float32)
+        for place in range(int(lengths.max())):
+            at_step = {"frame": frames[:, place], **state}
+            if "gaps" in given:
+                at_step["gap"] = given["gaps"][:, place]
+            said = self.step(at_step)
+            ends = lengths == place + 1
+            answers[ends] = said["probabilities"][ends]
+            state = {name: said[name + NEXT] for name in state}
+        return answers
+
+    def step(self, given: Mapping[str, NDArray[Any]]) -> Arrays:
+        """One frame of each stream and the states, by name, to probabilities and the states after it."""
+        if not self.card.step:
+            raise ConfigError(
+                "this export takes whole clips", where=self.card.folder, hint="Export with --step for single frames."
+            )
+        return self._run({name: np.ascontiguousarray(array) for name, array in given.items()})
+
+    def fresh_states(self, batch: int) -> Arrays:
+        """The states of `batch` streams before their first frames."""
+        return {
+            name: np.full((batch, *state["shape"]), state["fill"], dtype=state["type"])
+            for name, state in self.card.states.items()
+        }
+
+
+def open_exported(folder: Path, *, threads: int | None = None, device: str = "auto") -> Exported:
+    """A loaded export, its files compared with the sums in its card.
+
+    Raises ModelFileError where the folder is damaged, ConfigError where its runtime is missing or has no such device.
+    """
+    card = read_export_card(folder)
+    if device not in ("auto", "cpu") and card.format != "pt2":
+        raise ConfigError(f"exports to {card.format} do not run on {device!r}", hint="Use --device auto or cpu.")
+    for name, wanted in card.files.items():
+        try:
+            found = file_sum(folder / name)
+        except OSError as error:
+            raise ModelFileError(f"cannot be read: {error.strerror}", where=folder / name, hint=EXPORT_AGAIN) from error
+        if found != wanted:
+            raise ModelFileError("damaged: not the bytes that were exported", where=folder / name, hint=EXPORT_AGAIN)
+    module = _RUNTIMES[card.format]
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"running this export needs the package {module}, which is not installed",
+            where=folder,
+            hint=PACKAGES[card.format][1],
+        )
+    opened = {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2, "tensorrt": _open_tensorrt}
+    return Exported(card, opened[card.format](card, threads, device))
+
+
+def _open_onnx(card: ExportCard, threads: int | None, device: str) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; a float node between quantized ones is no news
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    path = str(card.folder / MODEL_FILES["onnx"][0])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has many kinds, without a common parent
+        raise _not_loaded(card, error) from error
+    names = [output.name for output in session.get_outputs()]
+    return lambda given: dict(zip(names, session.run(None, dict(given)), strict=True))
+
+
+def _open_openvino(card: ExportCard, threads: int | None, device: str) -> Run:
+    import openvino
+
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    if card.precision == "fp32":
+        # Else it computes in bfloat16 where the hardware has it.
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+    try:
+        model = openvino.Core().compile_model(card.folder / MODEL_FILES["openvino"][0], "CPU", settings)
+    except Exception as error:
+        raise _not_loaded(card, error) from error
+    names = [output.get_any_name() for output in model.outputs]
+
+    def run(given: Mapping[str, NDArray[Any]]) -> Arrays:
+        # Copies: its buffers are overwritten by the next call.
+        said = model(dict(given))
+        return {name: np.array(said[place]) for place, name in enumerate(names)}
+
+    return run
+
+
+def _open_pt2(card: ExportCard, threads: int | None, device: str) -> Run:
+    import torch
+
+    from videogru.exported.pt2 import load_program
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    program = load_program(card.folder / MODEL_FILES["pt2"][0], chosen)
+
+    def run(given: Mapping[str, NDArray[Any]]) -> Arrays:
+        tensors = [torch.from_numpy(np.ascontiguousarray(given[name])).to(chosen) for name in card.inputs]
+        with torch.inference_mode():
+            said = program(*tensors)
+        said = said if isinstance(said, tuple | list) else (said,)
+        return {name: tensor.float().cpu().numpy() for name, tensor in zip(card.outputs, said, strict=True)}
+
+    return run
+
+
+def _open_tensorrt(card: ExportCard, threads: int | None, device: str) -> Run:
+    from videogru.exported.tensorrt import load_engine
+
+    return load_engine(card.folder / MODEL_FILES["tensorrt"][0])
+
+
+def _not_loaded(card: ExportCard, error: Exception) -> ModelFileError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelFileError(f"the model cannot be loaded: {lines[0]}", where=card.folder, hint=EXPORT_AGAIN)
