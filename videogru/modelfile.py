@@ -19,7 +19,7 @@ from videogru.config import MAX_CHANNELS, DataConfig, Kind, ModelConfig
 from videogru.errors import ConfigError, ModelFileError, VideogruError
 from videogru.models.classifier import Classifier, Normalize
 
-FORMAT_VERSION = 2  # 2: the golden sample
+FORMAT_VERSION = 3  # 2: the golden sample; 3: the teacher
 MODEL_FILE_NAME = "model.safetensors"
 _HEADER_KEY = "videogru"
 _PER_CHANNEL = Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
@@ -34,6 +34,18 @@ class GoldenSample(BaseModel):
     logits: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
 
 
+class TeacherFacts(BaseModel):
+    """What a model was distilled from: name of the teacher's run or file, SHA-256 of its weights; parts of the loss."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    alpha: Annotated[FiniteFloat, Field(ge=0, le=1)]
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    features: Annotated[FiniteFloat, Field(ge=0)]
+
+
 class ModelCard(BaseModel):
     """What a model is and how its input is made.
 
@@ -41,7 +53,8 @@ class ModelCard(BaseModel):
     order of the logits; mean, std: per channel, of frames in 0..1; frame_size: pixels, as in data; versions: packages
     that wrote it; dataset, license: of the training data; window_seconds: lengths of the windows of videos that it was
     trained on (10th, 50th and 90th percentile), empty for whole sources; metrics: scores by name; golden: what
-    `videogru model verify` replays, None in files of format 1 and of trainings that did not end; created: UTC.
+    `videogru model verify` replays, None in files of format 1 and of trainings that did not end; teacher: of a
+    distilled model; created: UTC.
     """
 
     # A metric may be nan, which JSON has no number for.
@@ -62,6 +75,7 @@ class ModelCard(BaseModel):
     window_seconds: tuple[FiniteFloat, ...] = ()
     metrics: dict[str, float]
     golden: GoldenSample | None = None
+    teacher: TeacherFacts | None = None
     created: datetime
 
     @model_validator(mode="after")
@@ -100,6 +114,7 @@ def make_card(
     license: str = "",
     window_seconds: tuple[float, ...] = (),
     metrics: dict[str, float] | None = None,
+    teacher: TeacherFacts | None = None,
 ) -> ModelCard:
     """The card of a classifier, with this moment and the installed versions. Raises ValueError where they disagree."""
     versions = {"videogru": __version__}
@@ -121,6 +136,7 @@ def make_card(
         license=license,
         window_seconds=window_seconds,
         metrics=metrics or {},
+        teacher=teacher,
         created=datetime.now(UTC),
     )
 

@@ -4,7 +4,6 @@ config.yaml · splits.csv · metrics.csv · tensorboard/ · last.ckpt · model.s
 evaluation-SPLIT.json · bad_files.csv · report.html
 """
 
-import hashlib
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from videogru.data.describe import describe_corpus
 from videogru.data.layouts import Corpus, open_corpus
 from videogru.data.video import check_decoder
 from videogru.data.views import ONE_VIEW, Views, check_views
+from videogru.encoded import settings_over_features
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.evaluate import Evaluation, evaluate
 from videogru.inference.predict import Predictor
@@ -31,7 +31,15 @@ from videogru.inference.probe import Probe, probe
 from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
-from videogru.runfolder import begun_run, check_names, check_splits, note_on_training, remove_unfinished, run_config
+from videogru.runfolder import (
+    begun_run,
+    check_names,
+    check_same_rows,
+    check_splits,
+    note_on_training,
+    remove_unfinished,
+    run_config,
+)
 from videogru.settings import parse_assignments, read_settings_file, resolve_config
 from videogru.training.callbacks import rows_left_out
 from videogru.training.fit import Trained, fit, trainable_classifier
@@ -54,6 +62,8 @@ class Outcome:
 def settings_for_training(name: str | None, flags: Mapping[str, Any], assigned: Mapping[str, Any]) -> Config:
     """Defaults < recipe of the data set < --config (a file, or a recipe's name) < flags < --set.
 
+    With train.features the settings of the features stand in place of defaults and recipe.
+
     Raises ConfigError where no data set is named, or a key or value does not hold.
     """
     layers: list[tuple[str, Mapping[str, Any]]] = []
@@ -67,6 +77,8 @@ def settings_for_training(name: str | None, flags: Mapping[str, Any], assigned: 
             path = found
         layers.append((str(path), read_settings_file(path)))
     top = [*layers, ("flags", flags), ("--set", assigned)]
+    if (features := resolve_config(*top).train.features) is not None:
+        return settings_over_features(features, top)
     dataset = resolve_config(*top).data.dataset
     if not dataset:
         raise ConfigError(
@@ -93,7 +105,7 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
     with joined(this_group(config.train)) as group:
         say = say if group.is_first else _silent
         config, corpus = group.agreed(lambda: _prepared(config, group))
-        _check_same_rows(corpus, group)
+        check_same_rows(corpus, group)
         left_out, told = group.by_first(lambda: bad_rows(corpus, config.data))
         corpus = replace(corpus, left_out=left_out)
         for note in (*corpus.notes, *told):
@@ -114,7 +126,7 @@ def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
         say = say if group.is_first else _silent
         config = group.by_first(lambda: run_config(run))
         corpus = group.agreed(lambda: open_corpus(config.data, seed=config.data.split_seed))
-        _check_same_rows(corpus, group)
+        check_same_rows(corpus, group)
         group.by_first(lambda: check_splits(corpus, run))
         corpus = replace(corpus, left_out=group.by_first(lambda: rows_left_out(run)))
         saved = group.by_first((run / STATE_FILE).is_file)
@@ -145,22 +157,6 @@ def _prepared(config: Config, group: Group) -> tuple[Config, Corpus]:
         check_cache(config.data)
     check_names(corpus)
     return config, corpus
-
-
-def _check_same_rows(corpus: Corpus, group: Group) -> None:
-    """Refuse machines that do not see the same data."""
-    manifest = corpus.manifest
-    seen = hashlib.sha256()
-    for column in (manifest.sources.blob, manifest.sources.offsets, manifest.labels, manifest.splits):
-        seen.update(np.ascontiguousarray(column).tobytes())
-    others = group.gather((corpus.classes, seen.hexdigest()))
-    differing = [rank for rank, other in enumerate(others) if other != others[0]]
-    if differing:
-        raise DataError(
-            f"process {differing[0]} sees other rows, classes or splits than process 0",
-            where=corpus.name,
-            hint="Bring the same files to every machine.",
-        )
 
 
 def processes_to_start(config: Config) -> tuple[int, int] | None:
