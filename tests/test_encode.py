@@ -127,12 +127,16 @@ def test_trained_from_features_it_is_a_whole_model(tmp_path: Path, monkeypatch: 
     assert kept and all(torch.equal(ours[name], theirs[name]) for name in kept)
     _, card = read_model(tmp_path / "run" / MODEL_FILE_NAME)
     assert (card.model.cell, card.model.pooling, card.mean) == ("lstm", "attention", (0.4, 0.4, 0.4))
-    # What training logged of features is what the whole model says of the files.
+    # What training logged and scored of features is what the whole model says of the files.
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         logged = list(csv.DictReader(file))[-1]
     said = read_csv(tmp_path / "run" / "predictions-val.csv")
     loss = -np.log(said.probabilities[np.arange(len(said)), said.labels]).mean()
     assert float(logged["val_loss"]) == pytest.approx(loss, abs=1e-4)
+    assert videogru("eval", "run", "--split", "val", "--out", "files").code == 0
+    of_files = read_csv(tmp_path / "files" / "predictions-val.csv")
+    np.testing.assert_allclose(np.log(said.probabilities), np.log(of_files.probabilities), atol=1e-4)
+    assert said.predicted.tolist() == of_files.predicted.tolist()
     answer = videogru("infer", "data/a/0.png", "--model", "run")
     assert answer.code == 0 and "0.png" in answer.out
     assert videogru("model", "verify", "run").code == 0
@@ -153,7 +157,7 @@ def test_only_what_changed_is_encoded_again(tmp_path: Path, monkeypatch: pytest.
     (data / "spare.png").replace(data / "a" / "2.png")  # and so they are in another file
     assert encode(data, model, tmp_path / "features").done == 0
     corpus = open_corpus(open_features(tmp_path / "features").settings.data)
-    row = int(corpus.manifest.rows("train")[0])
+    row = int(corpus.manifest.rows("test")[0])
     write_picture(corpus.manifest.path(row), bright=True, seed=77)
     refused = videogru("train", "--features", "features", *QUICK)
     assert refused.code == 2

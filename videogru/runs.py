@@ -19,6 +19,7 @@ from videogru.data.cache import check_cache
 from videogru.data.card import load_card
 from videogru.data.dataset import ClipDataset
 from videogru.data.describe import describe_corpus
+from videogru.data.feature_store import FeatureRows
 from videogru.data.layouts import Corpus, open_corpus
 from videogru.data.video import check_decoder
 from videogru.data.views import ONE_VIEW, Views, check_views
@@ -176,7 +177,8 @@ def _assess_trained(trained: Trained, config: Config, corpus: Corpus, run: Path,
     labels = corpus.manifest.labels
     splits: list[Split] = [split for split in ("val", "test") if (labels[corpus.manifest.rows(split)] >= 0).any()]
     commands = [_typed("train", "--config", run / "config.yaml"), _typed("eval", run)]
-    outcome = assess(trained.model, config, corpus, run, splits=splits, commands=commands, say=say)
+    read = trained.features
+    outcome = assess(trained.model, config, corpus, run, splits=splits, commands=commands, features=read, say=say)
     return Outcome(run, outcome.evaluations, outcome.report, trained)
 
 
@@ -190,16 +192,19 @@ def assess(
     commands: list[str],
     device: str = "auto",
     views: Views = ONE_VIEW,
+    features: FeatureRows | None = None,
     say: Say,
 ) -> Outcome:
     """Predict the splits, write predictions, evaluations and the report (of the last split) into `run`.
 
-    commands: what repeats this, for the report. Raises DataError where the corpus has classes that the model does not
-    know, or a split has no rows; a split without one usable row is told and left out, unless it is the only one.
+    commands: what repeats this, for the report; features: of the rows, read in place of their sources. Raises
+    DataError where the corpus has classes that the model does not know, or a split has no rows; a split without one
+    usable row is told and left out, unless it is the only one.
     """
     # JPEG is near the file's frames, but what is reported must be what `infer` says of the file.
     cache = "none" if config.data.cache == "jpeg" else config.data.cache
-    predictor = Predictor.from_file(model, device=device, data=config.data.model_copy(update={"cache": cache}))
+    data = config.data.model_copy(update={"cache": cache})
+    predictor = Predictor.from_file(model, device=device, data=data, features=features)
     corpus = _with_classes_of(corpus, predictor.card.classes, model)
     predictions: dict[str, Predictions] = {}
     evaluations: dict[str, Evaluation] = {}

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from videogru.config import DataConfig
 from videogru.data.batching import OrderedBatches
 from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
+from videogru.data.feature_dataset import FeatureDataset
+from videogru.data.feature_store import FeatureRows
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.video import check_decoder
@@ -26,22 +28,36 @@ Change = Callable[[SequenceBatch], SequenceBatch]
 class Predictor:
     """Classifies rows of a corpus or single files with one model file.
 
-    device: auto, cpu, cuda, ...; data: changed reading options, else those the model was trained with.
+    device: auto, cpu, cuda, ...; data: changed reading options, else those the model was trained with; features: of the
+    rows that are asked for, made by the model's own encoder, which then are read in place of their sources.
     """
 
     def __init__(
-        self, classifier: Classifier, card: ModelCard, *, device: str = "auto", data: DataConfig | None = None
+        self,
+        classifier: Classifier,
+        card: ModelCard,
+        *,
+        device: str = "auto",
+        data: DataConfig | None = None,
+        features: FeatureRows | None = None,
     ) -> None:
-        self.card = card
+        self.card, self.features = card, features
         self.data = (data if data is not None else card.data).for_kind(card.kind)
         self.device = _device(device)
         self.classifier = classifier.to(self.device).eval()
 
     @classmethod
-    def from_file(cls, path: Path | str, *, device: str = "auto", data: DataConfig | None = None) -> "Predictor":
+    def from_file(
+        cls,
+        path: Path | str,
+        *,
+        device: str = "auto",
+        data: DataConfig | None = None,
+        features: FeatureRows | None = None,
+    ) -> "Predictor":
         """path: a model file or a run folder. Raises ModelFileError where it is no usable model."""
         classifier, card = read_model(find_model(Path(path)))
-        return cls(classifier, card, device=device, data=data)
+        return cls(classifier, card, device=device, data=data, features=features)
 
     def predict(
         self,
@@ -85,10 +101,16 @@ class Predictor:
         shape = (len(rows), len(self.card.classes))
         probabilities = {name: np.full(shape, np.nan, dtype=np.float32) for name in changes}
         errors = {name: np.full(len(rows), "", dtype=object) for name in changes}
-        dataset = ClipDataset(corpus, data=self.data, views=views)
-        if corpus.kind == "video":
-            check_decoder(self.data.decoder)
-        workers = default_workers(corpus, num_workers, rows=len(rows))
+        if self.features is not None:
+            if views != ONE_VIEW:
+                raise ConfigError("features are of one view of each source", hint="Leave --views out.")
+            dataset: ClipDataset = FeatureDataset(corpus, self.features, data=self.data)
+            workers = 0
+        else:
+            dataset = ClipDataset(corpus, data=self.data, views=views)
+            if corpus.kind == "video":
+                check_decoder(self.data.decoder)
+            workers = default_workers(corpus, num_workers, rows=len(rows))
         batches = OrderedBatches(rows, batch_size=max(1, batch_size // (views[0] * views[1])))
         loader = ClipLoader(dataset, batches, num_workers=workers)
         for loaded in loader:
@@ -120,11 +142,12 @@ class Predictor:
     def _scores(self, batch: SequenceBatch, batch_size: int) -> tuple[list[int], NDArray[np.float32]]:
         """Rows of a batch, each once, and their probabilities (N K), averaged over the clips of a row."""
         said = []
+        read = self.classifier if self.features is None else self.classifier.from_maps
         for start in range(0, len(batch), batch_size):
             frames = batch.frames[start : start + batch_size].to(self.device)
             lengths = batch.lengths[start : start + batch_size].to(self.device)
             gaps = None if batch.gaps is None else batch.gaps[start : start + batch_size].to(self.device)
-            said.append(self.classifier(frames, lengths, gaps).double().softmax(dim=1).cpu())
+            said.append(read(frames, lengths, gaps).double().softmax(dim=1).cpu())
         rows, clip_row, counts = batch.indices.unique_consecutive(return_inverse=True, return_counts=True)
         sums = torch.zeros(len(rows), len(self.card.classes), dtype=torch.float64)
         sums.index_add_(0, clip_row, torch.cat(said))

@@ -21,7 +21,7 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from videogru.config import Config
+from videogru.config import SPLITS, Config
 from videogru.data.batching import EpochBatches
 from videogru.data.datamodule import CorpusModule
 from videogru.data.feature_store import FeatureRows
@@ -56,13 +56,14 @@ _GRAY = ((0.25,), (0.25,))
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training ends with; best: scores of the kept epoch, empty where the last epoch was kept."""
+    """What a training ends with; best: scores of the kept epoch, none where it was the last; features: what it read."""
 
     model: Path
     best: dict[str, float]
     epochs: int
     seconds: float
     bad_files: int
+    features: FeatureRows | None = None
 
 
 def build_classifier(config: Config, num_classes: int) -> Classifier:
@@ -135,9 +136,9 @@ def trainable_classifier(config: Config, corpus: Corpus, *, processes: int = 1) 
 
 
 def read_features(config: Config, corpus: Corpus) -> FeatureRows:
-    """The features of all rows that a training reads. Raises DataError where some are stale."""
+    """The features of all rows, which are trained, validated and scored on. Raises DataError where some are stale."""
     assert config.train.features is not None
-    rows = np.concatenate([corpus.training_rows(split) for split in ("train", "val")])
+    rows = np.concatenate([corpus.manifest.rows(split) for split in SPLITS])
     return features_of(open_features(config.train.features), corpus, rows)
 
 
@@ -209,7 +210,7 @@ def fit(
     if group.is_first:
         add_golden_sample(run / MODEL_FILE_NAME)
     seconds = scores.seconds or time.monotonic() - started
-    return Trained(run / MODEL_FILE_NAME, scores.best, len(scores.history), seconds, len(bad.reasons))
+    return Trained(run / MODEL_FILE_NAME, scores.best, len(scores.history), seconds, len(bad.reasons), features)
 
 
 def _optimize(
