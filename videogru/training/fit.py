@@ -56,7 +56,10 @@ _GRAY = ((0.25,), (0.25,))
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training ends with; best: scores of the kept epoch, none where it was the last; features: what it read."""
+    """What a training ends with.
+
+    best: scores of the kept epoch, empty where the last epoch was kept; features: what it read in place of sources.
+    """
 
     model: Path
     best: dict[str, float]
