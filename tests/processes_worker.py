@@ -41,16 +41,25 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "bad": {"model__encoder": "small", "train__optimizer": "sgd", "train__lr": 0.1},
     "one validation row": {},
+    "taught": {
+        **{"data__augment__cutmix": 0.0, "model__seq": "frames", "train__class_weights": "balanced"},
+        **{"train__optimizer": "sgd", "train__lr": 0.1, "train__distill_features": 0.5},
+    },
+    "taught once": {"data__augment__flip": 0.0, "data__augment__noise": 0.0},
 }
 # 41 training rows, three steps an epoch, of which one process reads 6 or 7 in each: parts are not equal.
 ROWS, STOPPED_AT = 62, 5
 BAD_IN_STEP = 1
+# Written by test_processes.py, which then starts the processes in that folder.
+TEACHER = Path("teacher.safetensors")
 
 
 def scenario(name: str, *, processes: int) -> Config:
     """Its settings for so many processes: the batch of all of them is the same."""
     changes = {**SAME, **SCENARIOS[name]}
     changes["train__batch_size"] = changes["train__batch_size"] * 2 // processes
+    if name.startswith("taught"):
+        changes["train__teacher"] = str(TEACHER)
     return settings(**changes)
 
 

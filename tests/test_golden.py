@@ -14,7 +14,7 @@ from videogru.config import DataConfig, ModelConfig
 from videogru.errors import ModelFileError
 from videogru.golden import _picture, add_golden_sample, golden_batch, verify_model
 from videogru.model_facts import describe_model
-from videogru.modelfile import make_card, read_card, read_model, write_model
+from videogru.modelfile import FORMAT_VERSION, make_card, read_card, read_model, write_model
 from videogru.models.classifier import Classifier
 
 KINDS = {
@@ -112,7 +112,7 @@ def test_files_without_one_and_of_an_unknown_pattern(tmp_path: Path) -> None:
     rewrite(path, golden=None, format_version=1)  # as format 1 was written, but for the key
     assert verify_model(path) is None
     add_golden_sample(path)
-    assert read_card(path).format_version == 2 and verify_model(path).holds
+    assert read_card(path).format_version == FORMAT_VERSION and verify_model(path).holds
     rewrite(path, golden={"pattern": 1, "logits": [0.0] * 3})
     with pytest.raises(ModelFileError, match="golden sample of 3 logits"):
         verify_model(path)

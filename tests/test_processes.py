@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from processes_worker import ROWS, SCENARIOS, bad_rows, scenario, train
+from processes_worker import ROWS, SCENARIOS, TEACHER, bad_rows, scenario, train
 from safetensors.torch import load_file
 from test_fit import bars
+from test_teacher import teacher_file
 
 from videogru.config import TrainConfig
 from videogru.errors import ConfigError, DataError
@@ -35,10 +36,12 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("two")
+    teacher = teacher_file(folder / TEACHER, model__seq="frames")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(ROOT / "tests" / "processes_worker.py"), str(folder)],
         env=environment(),
+        cwd=teacher.parent,
         capture_output=True,
         text=True,
         timeout=300,
@@ -48,8 +51,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes_get_the_weights_and_scores_of_one(two: Any, tmp_path: Path, name: str) -> None:
+def test_two_processes_get_the_weights_and_scores_of_one(
+    two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     folder, seen = two
+    monkeypatch.chdir(folder)  # where the teacher lies
     alone = train(name, tmp_path, ALONE)
     ours, theirs = (load_file(place / name / "model.safetensors") for place in (tmp_path, folder))
     assert ours.keys() == theirs.keys()

@@ -19,19 +19,25 @@ import typer
 from videogru import __version__, cli_stream
 from videogru.cli_data import data_app
 from videogru.cli_deploy import add_commands
+from videogru.cli_features import EXAMPLES, encode
 from videogru.cli_model import model_app
 from videogru.errors import ConfigError, VideogruError
 from videogru.options import (
     TRAIN_FLAGS,
+    ConfigOption,
     DataDirOption,
     DataSetOption,
+    EncoderOption,
+    FeaturesOption,
     Format,
     LabelOption,
     MaxMemoryOption,
+    SeqOption,
     SeriesOption,
     SetOption,
     SplitName,
     SuffixOption,
+    TeacherOption,
     TrainCommand,
     ViewsOption,
     VolumeOption,
@@ -49,6 +55,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 app.command(epilog=cli_stream.EXAMPLES)(cli_stream.stream)
+app.command(epilog=EXAMPLES)(encode)
 
 
 # A full disk, missing rights, a name too long: nothing that a traceback would explain.
@@ -79,6 +86,8 @@ def _main(
     "videogru train --dataset clips/        (a folder with a subfolder per class)\n\n"
     "videogru train --dataset bids/ --suffix T1w --label group     (a BIDS folder)\n\n"
     "videogru train --dataset table.csv     (columns source,label[,split,group,start_seconds,end_seconds])\n\n"
+    "videogru train --dataset clips/ --teacher runs/clips-0001 --set model.encoder=mobilenet_v3_small\n\n"
+    "videogru train --features features/clips-0123456789ab --set model.cell=lstm\n\n"
     "videogru train --resume runs/clips-0001",
 )
 def train(
@@ -90,16 +99,9 @@ def train(
     suffix: SuffixOption = None,
     label: LabelOption = None,
     series: SeriesOption = None,
-    seq: Annotated[
-        str | None, typer.Option(help="How feature maps become steps: frames (slices), rows, cols, grid.")
-    ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(help="small, airbench, resnet18/34/50, mobilenet_v3_small/large, conv2, pixels, sweeps."),
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option(help="Settings file, or the name of a recipe that ships (configs/NAME.yaml).")
-    ] = None,
+    seq: SeqOption = None,
+    encoder: EncoderOption = None,
+    config: ConfigOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Clips per step and process.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -116,6 +118,8 @@ def train(
     ] = None,
     volume: VolumeOption = None,
     max_memory: MaxMemoryOption = None,
+    teacher: TeacherOption = None,
+    features: FeaturesOption = None,
     set_: SetOption = None,
 ) -> None:
     """Train on a data set; leaves a run folder with the model file, scores and a report.
@@ -142,6 +146,8 @@ def train(
         "seed": seed,
         "volume": volume,
         "max_memory": max_memory,
+        "teacher": None if teacher is None else str(teacher),
+        "features": None if features is None else str(features),
     }
     flags = {key: values[name] for name, key in TRAIN_FLAGS.items()}
     given = {key: value for key, value in flags.items() if value is not None}

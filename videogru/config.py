@@ -338,6 +338,35 @@ class TrainConfig(Settings):
     save_every_minutes: float = Field(
         10.0, ge=0, description="how often the state is saved inside an epoch; 0: only after epochs"
     )
+    features: Path | None = Field(
+        None, description="folder of `videogru encode`: recurrent part and head are trained on it, the encoder is kept"
+    )
+    teacher: Path | None = Field(
+        None, description="model file or run that teaches this one (distillation); it must know the same classes"
+    )
+    distill_alpha: float = Field(0.9, ge=0, le=1, description="share of the loss that the teacher's classes have")
+    distill_temperature: float = Field(4.0, gt=0, le=1000, description="softens the classes of teacher and student")
+    distill_features: float = Field(
+        0.0, ge=0, description="weight of the difference to the teacher's states, step by step; 0: off"
+    )
+
+    @model_validator(mode="after")
+    def _distilled_by_somebody(self) -> "TrainConfig":
+        if self.teacher is None:
+            for key in ("distill_alpha", "distill_temperature", "distill_features"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"train.{key} needs a teacher: --teacher MODEL")
+        elif not self.distill_alpha and not self.distill_features:
+            raise ValueError("train.distill_alpha=0 without train.distill_features leaves nothing to teach")
+        return self
+
+    @model_validator(mode="after")
+    def _features_are_read_alone(self) -> "TrainConfig":
+        if self.features is not None and self.teacher is not None:
+            raise ValueError("--teacher sees frames, which --features has none of: leave one of them out")
+        if self.features is not None and self.compile:
+            raise ValueError("train.compile is for the encoder, which --features never runs: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _compiled_or_recomputed(self) -> "TrainConfig":

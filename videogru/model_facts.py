@@ -35,6 +35,7 @@ def describe_model(path: Path) -> dict[str, Any]:
             "license": card.license,
             "window_seconds": list(card.window_seconds),
             "metrics": {name: round(score, 4) for name, score in card.metrics.items()},
+            "teacher": None if card.teacher is None else card.teacher.model_dump(),
         },
         "written": {
             "created": card.created.isoformat(timespec="seconds"),

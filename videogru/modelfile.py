@@ -20,7 +20,7 @@ from videogru.errors import ConfigError, ModelFileError, VideogruError
 from videogru.exported.folder import is_exported, read_export_card
 from videogru.models.classifier import Classifier, Normalize
 
-FORMAT_VERSION = 2  # 2: the golden sample
+FORMAT_VERSION = 3  # 2: the golden sample; 3: the teacher
 MODEL_FILE_NAME = "model.safetensors"
 _HEADER_KEY = "videogru"
 _PER_CHANNEL = Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
@@ -35,6 +35,18 @@ class GoldenSample(BaseModel):
     logits: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
 
 
+class TeacherFacts(BaseModel):
+    """What a model was distilled from: name of the teacher's run or file, SHA-256 of its weights; parts of the loss."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    alpha: Annotated[FiniteFloat, Field(ge=0, le=1)]
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    features: Annotated[FiniteFloat, Field(ge=0)]
+
+
 class ModelCard(BaseModel):
     """What a model is and how its input is made.
 
@@ -42,7 +54,8 @@ class ModelCard(BaseModel):
     order of the logits; mean, std: per channel, of frames in 0..1; frame_size: pixels, as in data; versions: packages
     that wrote it; dataset, license: of the training data; window_seconds: lengths of the windows of videos that it was
     trained on (10th, 50th and 90th percentile), empty for whole sources; metrics: scores by name; golden: what
-    `videogru model verify` replays, None in files of format 1 and of trainings that did not end; created: UTC.
+    `videogru model verify` replays, None in files of format 1 and of trainings that did not end; teacher: of a
+    distilled model; created: UTC.
     """
 
     # A metric may be nan, which JSON has no number for.
@@ -63,6 +76,7 @@ class ModelCard(BaseModel):
     window_seconds: tuple[FiniteFloat, ...] = ()
     metrics: dict[str, float]
     golden: GoldenSample | None = None
+    teacher: TeacherFacts | None = None
     created: datetime
 
     @model_validator(mode="after")
@@ -101,6 +115,7 @@ def make_card(
     license: str = "",
     window_seconds: tuple[float, ...] = (),
     metrics: dict[str, float] | None = None,
+    teacher: TeacherFacts | None = None,
 ) -> ModelCard:
     """The card of a classifier, with this moment and the installed versions. Raises ValueError where they disagree."""
     versions = {"videogru": __version__}
@@ -122,6 +137,7 @@ def make_card(
         license=license,
         window_seconds=window_seconds,
         metrics=metrics or {},
+        teacher=teacher,
         created=datetime.now(UTC),
     )
 

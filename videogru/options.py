@@ -66,7 +66,28 @@ MaxMemoryOption = Annotated[
         "--max-memory", metavar="GIB", help="Memory that one volume file may take, GiB; larger ones are refused."
     ),
 ]
-
+SeqOption = Annotated[
+    str | None, typer.Option("--seq", help="How feature maps become steps: frames (slices), rows, cols, grid.")
+]
+EncoderOption = Annotated[
+    str | None,
+    typer.Option("--encoder", help="small, airbench, resnet18/34/50, mobilenet_v3_small/large, conv2, pixels, sweeps."),
+]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", help="Settings file, or the name of a recipe that ships (configs/NAME.yaml).")
+]
+TeacherOption = Annotated[
+    Path | None,
+    typer.Option("--teacher", help="Run or model file that teaches this one (distillation).", show_default=False),
+]
+FeaturesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--features",
+        help="Folder of `videogru encode`: trains recurrent part and head alone, in seconds.",
+        show_default=False,
+    ),
+]
 
 # The settings that flags of `train` stand for.
 TRAIN_FLAGS = {
@@ -85,6 +106,8 @@ TRAIN_FLAGS = {
     "seed": "train.seed",
     "volume": "data.volume",
     "max_memory": "data.max_memory_gib",
+    "teacher": "train.teacher",
+    "features": "train.features",
 }
 
 

@@ -1,8 +1,11 @@
 """The folder of a run: made, read again, and checked against the data it was made with."""
 
+import hashlib
 import re
 import tempfile
 from pathlib import Path
+
+import numpy as np
 
 from videogru.config import Config, Split
 from videogru.data.layouts import Corpus, open_corpus
@@ -10,6 +13,7 @@ from videogru.errors import ConfigError, DataError, VideogruError
 from videogru.inference.predictions import atomic_text
 from videogru.modelfile import MODEL_FILE_NAME
 from videogru.settings import read_settings_file, resolve_config
+from videogru.training.processes import Group
 
 
 def new_run(name: str, out: Path | None) -> Path:
@@ -85,6 +89,22 @@ def check_names(corpus: Corpus) -> None:
 def _line_around(error: UnicodeEncodeError) -> str:
     start = error.object.rfind("\n", 0, error.start) + 1
     return error.object[start:].split("\n", 1)[0]
+
+
+def check_same_rows(corpus: Corpus, group: Group) -> None:
+    """Refuse machines that do not see the same data."""
+    manifest = corpus.manifest
+    seen = hashlib.sha256()
+    for column in (manifest.sources.blob, manifest.sources.offsets, manifest.labels, manifest.splits):
+        seen.update(np.ascontiguousarray(column).tobytes())
+    others = group.gather((corpus.classes, seen.hexdigest()))
+    differing = [rank for rank, other in enumerate(others) if other != others[0]]
+    if differing:
+        raise DataError(
+            f"process {differing[0]} sees other rows, classes or splits than process 0",
+            where=corpus.name,
+            hint="Bring the same files to every machine.",
+        )
 
 
 def check_splits(corpus: Corpus, run: Path) -> None:

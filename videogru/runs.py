@@ -4,7 +4,6 @@ config.yaml · splits.csv · metrics.csv · tensorboard/ · last.ckpt · model.s
 evaluation-SPLIT.json · bad_files.csv · report.html
 """
 
-import hashlib
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,9 +19,11 @@ from videogru.data.cache import check_cache
 from videogru.data.card import load_card
 from videogru.data.dataset import ClipDataset
 from videogru.data.describe import describe_corpus
+from videogru.data.feature_store import FeatureRows
 from videogru.data.layouts import Corpus, open_corpus
 from videogru.data.video import check_decoder
 from videogru.data.views import ONE_VIEW, Views, check_views
+from videogru.encoded import settings_over_features
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.exported.folder import is_exported
 from videogru.inference.evaluate import Evaluation, evaluate
@@ -32,7 +33,15 @@ from videogru.inference.probe import Probe, probe
 from videogru.inference.report import read_curves, write_report
 from videogru.modelfile import find_model, read_card
 from videogru.resources import card_names, recipe_path, resource_dir
-from videogru.runfolder import begun_run, check_names, check_splits, note_on_training, remove_unfinished, run_config
+from videogru.runfolder import (
+    begun_run,
+    check_names,
+    check_same_rows,
+    check_splits,
+    note_on_training,
+    remove_unfinished,
+    run_config,
+)
 from videogru.settings import parse_assignments, read_settings_file, resolve_config
 from videogru.training.callbacks import rows_left_out
 from videogru.training.fit import Trained, fit, trainable_classifier
@@ -55,6 +64,8 @@ class Outcome:
 def settings_for_training(name: str | None, flags: Mapping[str, Any], assigned: Mapping[str, Any]) -> Config:
     """Defaults < recipe of the data set < --config (a file, or a recipe's name) < flags < --set.
 
+    With train.features the settings of the features stand in place of defaults and recipe.
+
     Raises ConfigError where no data set is named, or a key or value does not hold.
     """
     layers: list[tuple[str, Mapping[str, Any]]] = []
@@ -68,6 +79,8 @@ def settings_for_training(name: str | None, flags: Mapping[str, Any], assigned: 
             path = found
         layers.append((str(path), read_settings_file(path)))
     top = [*layers, ("flags", flags), ("--set", assigned)]
+    if (features := resolve_config(*top).train.features) is not None:
+        return settings_over_features(features, top)
     dataset = resolve_config(*top).data.dataset
     if not dataset:
         raise ConfigError(
@@ -94,7 +107,7 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
     with joined(this_group(config.train)) as group:
         say = say if group.is_first else _silent
         config, corpus = group.agreed(lambda: _prepared(config, group))
-        _check_same_rows(corpus, group)
+        check_same_rows(corpus, group)
         left_out, told = group.by_first(lambda: bad_rows(corpus, config.data))
         corpus = replace(corpus, left_out=left_out)
         for note in (*corpus.notes, *told):
@@ -115,7 +128,7 @@ def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
         say = say if group.is_first else _silent
         config = group.by_first(lambda: run_config(run))
         corpus = group.agreed(lambda: open_corpus(config.data, seed=config.data.split_seed))
-        _check_same_rows(corpus, group)
+        check_same_rows(corpus, group)
         group.by_first(lambda: check_splits(corpus, run))
         corpus = replace(corpus, left_out=group.by_first(lambda: rows_left_out(run)))
         saved = group.by_first((run / STATE_FILE).is_file)
@@ -148,22 +161,6 @@ def _prepared(config: Config, group: Group) -> tuple[Config, Corpus]:
     return config, corpus
 
 
-def _check_same_rows(corpus: Corpus, group: Group) -> None:
-    """Refuse machines that do not see the same data."""
-    manifest = corpus.manifest
-    seen = hashlib.sha256()
-    for column in (manifest.sources.blob, manifest.sources.offsets, manifest.labels, manifest.splits):
-        seen.update(np.ascontiguousarray(column).tobytes())
-    others = group.gather((corpus.classes, seen.hexdigest()))
-    differing = [rank for rank, other in enumerate(others) if other != others[0]]
-    if differing:
-        raise DataError(
-            f"process {differing[0]} sees other rows, classes or splits than process 0",
-            where=corpus.name,
-            hint="Bring the same files to every machine.",
-        )
-
-
 def processes_to_start(config: Config) -> tuple[int, int] | None:
     """(devices, nodes) where the settings want several processes and nobody started them yet.
 
@@ -181,7 +178,8 @@ def _assess_trained(trained: Trained, config: Config, corpus: Corpus, run: Path,
     labels = corpus.manifest.labels
     splits: list[Split] = [split for split in ("val", "test") if (labels[corpus.manifest.rows(split)] >= 0).any()]
     commands = [_typed("train", "--config", run / "config.yaml"), _typed("eval", run)]
-    outcome = assess(trained.model, config, corpus, run, splits=splits, commands=commands, say=say)
+    read = trained.features
+    outcome = assess(trained.model, config, corpus, run, splits=splits, commands=commands, features=read, say=say)
     return Outcome(run, outcome.evaluations, outcome.report, trained)
 
 
@@ -195,16 +193,19 @@ def assess(
     commands: list[str],
     device: str = "auto",
     views: Views = ONE_VIEW,
+    features: FeatureRows | None = None,
     say: Say,
 ) -> Outcome:
     """Predict the splits, write predictions, evaluations and the report (of the last split) into `run`.
 
-    commands: what repeats this, for the report. Raises DataError where the corpus has classes that the model does not
-    know, or a split has no rows; a split without one usable row is told and left out, unless it is the only one.
+    commands: what repeats this, for the report; features: of the rows, read in place of their sources. Raises
+    DataError where the corpus has classes that the model does not know, or a split has no rows; a split without one
+    usable row is told and left out, unless it is the only one.
     """
     # JPEG is near the file's frames, but what is reported must be what `infer` says of the file.
     cache = "none" if config.data.cache == "jpeg" else config.data.cache
-    predictor = Predictor.from_file(model, device=device, data=config.data.model_copy(update={"cache": cache}))
+    data = config.data.model_copy(update={"cache": cache})
+    predictor = Predictor.from_file(model, device=device, data=data, features=features)
     corpus = with_classes_of(corpus, predictor.card.classes, model)
     predictions: dict[str, Predictions] = {}
     evaluations: dict[str, Evaluation] = {}

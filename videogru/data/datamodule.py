@@ -13,36 +13,46 @@ from videogru.config import Config
 from videogru.data.augment import augment_batch, mix_batch
 from videogru.data.batching import EpochBatches, Loaded, OrderedBatches
 from videogru.data.dataset import ClipDataset, ClipLoader, clip_lengths, default_workers
+from videogru.data.feature_dataset import FeatureDataset, feature_lengths
+from videogru.data.feature_store import FeatureRows
 from videogru.data.layouts import Corpus
 
 
 class CorpusModule(pl.LightningDataModule):
-    """Training and validation loaders of a corpus; config.data must be resolved for the corpus's kind."""
+    """Training and validation loaders of a corpus; config.data must be resolved for the corpus's kind.
 
-    def __init__(self, corpus: Corpus, config: Config) -> None:
+    features: of its rows, which are then read in place of the sources; nothing augments them.
+    """
+
+    def __init__(self, corpus: Corpus, config: Config, features: FeatureRows | None = None) -> None:
         super().__init__()
-        self.corpus, self.config = corpus, config
+        self.corpus, self.config, self.features = corpus, config, features
         self._loaders: list[ClipLoader] = []
 
     @property
     def num_workers(self) -> int:
         """Reader processes of this one."""
         assert self.trainer is not None
+        if self.features is not None:
+            return 0  # they are mapped
         return default_workers(self.corpus, self.config.train.num_workers, sharing=self.trainer.num_devices)
 
     def train_dataloader(self) -> ClipLoader:
         """Shuffled batches; resumes inside an epoch."""
         trainer = self.trainer
         assert trainer is not None
+        rows = self.corpus.training_rows("train")
         batches = EpochBatches(
-            self.corpus.training_rows("train"),
+            rows,
             batch_size=self.config.train.batch_size,
             seed=self.config.train.seed,
             # Not current_epoch: where a run goes on from the end of an epoch, it still is that one as readers begin.
             epoch=lambda: int(trainer.fit_loop.epoch_progress.current.processed),
             rank=trainer.global_rank,
             world=trainer.world_size,
-            lengths=clip_lengths(self.corpus, self.corpus.training_rows("train"), data=self.config.data),
+            lengths=clip_lengths(self.corpus, rows, data=self.config.data)
+            if self.features is None
+            else feature_lengths(self.features, rows),
         )
         dataset = self._dataset(training=True)
         loader = ClipLoader(dataset, batches, num_workers=self.num_workers, persistent=True)
@@ -72,7 +82,7 @@ class CorpusModule(pl.LightningDataModule):
         """Augment training batches of video and stills on the device, and mix clips of any kind."""
         trainer = self.trainer
         clips = batch.batch
-        if clips is None or trainer is None or not trainer.training:
+        if clips is None or trainer is None or not trainer.training or self.features is not None:
             return batch
         augment, seed = self.config.data.augment, self.config.train.seed
         if self.corpus.kind != "volume":
@@ -93,6 +103,8 @@ class CorpusModule(pl.LightningDataModule):
         return batch.to(device)
 
     def _dataset(self, *, training: bool) -> ClipDataset:
+        if self.features is not None:
+            return FeatureDataset(self.corpus, self.features, data=self.config.data)
         return ClipDataset(self.corpus, data=self.config.data, seed=self.config.train.seed, training=training)
 
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from videogru.config import DataConfig
 from videogru.data.batching import OrderedBatches
 from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
+from videogru.data.feature_dataset import FeatureDataset
+from videogru.data.feature_store import FeatureRows
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.data.video import check_decoder
@@ -30,7 +32,8 @@ Change = Callable[[SequenceBatch], SequenceBatch]
 class Predictor:
     """Classifies rows of a corpus or single files with one model file or export.
 
-    device: auto, cpu, cuda, ...; data: changed reading options, else those the model was trained with.
+    device: auto, cpu, cuda, ...; data: changed reading options, else those the model was trained with; features: of the
+    rows that are asked for, made by the model's own encoder, which then are read in place of their sources.
     """
 
     def __init__(
@@ -40,8 +43,9 @@ class Predictor:
         *,
         device: str = "auto",
         data: DataConfig | None = None,
+        features: FeatureRows | None = None,
     ) -> None:
-        self.card = card
+        self.card, self.features = card, features
         self.data = (data if data is not None else card.data).for_kind(card.kind)
         if isinstance(model, Exported):
             self.device = torch.device("cpu")  # it moves what it is given
@@ -51,13 +55,21 @@ class Predictor:
             self._model = model.to(self.device).eval()
 
     @classmethod
-    def from_file(cls, path: Path | str, *, device: str = "auto", data: DataConfig | None = None) -> "Predictor":
+    def from_file(
+        cls,
+        path: Path | str,
+        *,
+        device: str = "auto",
+        data: DataConfig | None = None,
+        features: FeatureRows | None = None,
+    ) -> "Predictor":
         """path: a model file, run folder or export. Raises ModelFileError where it is no usable model."""
         found = find_model(Path(path))
         if is_exported(found):
+            assert features is None, "features come of a model file"
             return cls(open_exported(found, device=device), read_card(found), data=data)
         classifier, card = read_model(found)
-        return cls(classifier, card, device=device, data=data)
+        return cls(classifier, card, device=device, data=data, features=features)
 
     @property
     def classifier(self) -> Classifier:
@@ -112,10 +124,16 @@ class Predictor:
         shape = (len(rows), len(self.card.classes))
         probabilities = {name: np.full(shape, np.nan, dtype=np.float32) for name in changes}
         errors = {name: np.full(len(rows), "", dtype=object) for name in changes}
-        dataset = ClipDataset(corpus, data=self.data, views=views)
-        if corpus.kind == "video":
-            check_decoder(self.data.decoder)
-        workers = default_workers(corpus, num_workers, rows=len(rows))
+        if self.features is not None:
+            if views != ONE_VIEW:
+                raise ConfigError("features are of one view of each source", hint="Leave --views out.")
+            dataset: ClipDataset = FeatureDataset(corpus, self.features, data=self.data)
+            workers = 0
+        else:
+            dataset = ClipDataset(corpus, data=self.data, views=views)
+            if corpus.kind == "video":
+                check_decoder(self.data.decoder)
+            workers = default_workers(corpus, num_workers, rows=len(rows))
         batches = OrderedBatches(rows, batch_size=max(1, batch_size // (views[0] * views[1])))
         loader = ClipLoader(dataset, batches, num_workers=workers)
         for loaded in loader:
@@ -159,7 +177,8 @@ class Predictor:
 
     def _probabilities(self, frames: BatchFrames, lengths: Lengths, gaps: Gaps | None) -> Float64[torch.Tensor, "B K"]:
         if not isinstance(self._model, Exported):
-            logits: torch.Tensor = self._model(frames, lengths, gaps)
+            read = self._model if self.features is None else self._model.from_maps
+            logits: torch.Tensor = read(frames, lengths, gaps)
             return logits.double().softmax(dim=1).cpu()
         given = None if gaps is None else gaps.numpy()
         return torch.from_numpy(self._model.probabilities(frames.numpy(), lengths.numpy(), given)).double()

@@ -88,8 +88,11 @@ class Classifier(nn.Module):
 
     def forward(self, frames: BatchFrames, lengths: Lengths, gaps: Gaps | None = None) -> Logits:
         """Unnormalized scores of the classes; float32 (float64 for a model in float64), also under autocast."""
-        outputs, step_lengths = self.features(frames, lengths, gaps)
-        with torch.autocast(frames.device.type, enabled=False):
+        return self.logits_of(*self.features(frames, lengths, gaps))
+
+    def logits_of(self, outputs: Float[Tensor, "B S F"], step_lengths: Lengths) -> Logits:
+        """What the head makes of `features`."""
+        with torch.autocast(outputs.device.type, enabled=False):
             logits: Tensor = self.head(outputs, step_lengths)
             return logits
 
@@ -109,10 +112,7 @@ class Classifier(nn.Module):
 
     def from_maps(self, maps: FeatureMaps, lengths: Lengths, gaps: Gaps | None = None) -> Logits:
         """The logits that `forward` gives for frames with these `maps`."""
-        outputs, step_lengths = self.features_of_maps(maps, lengths, gaps)
-        with torch.autocast(maps.device.type, enabled=False):
-            logits: Tensor = self.head(outputs, step_lengths)
-            return logits
+        return self.logits_of(*self.features_of_maps(maps, lengths, gaps))
 
     def features_of_maps(
         self, maps: FeatureMaps, lengths: Lengths, gaps: Gaps | None = None

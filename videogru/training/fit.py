@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from videogru.config import Config
+from videogru.config import SPLITS, Config
 from videogru.data.batching import EpochBatches
 from videogru.data.datamodule import CorpusModule
+from videogru.data.feature_store import FeatureRows
 from videogru.data.layouts import Corpus
+from videogru.encoded import classifier_over, features_of, open_features
 from videogru.errors import ConfigError, DataError, Interrupted
 from videogru.golden import add_golden_sample
-from videogru.modelfile import MODEL_FILE_NAME, ModelCard, make_card, write_model
+from videogru.modelfile import MODEL_FILE_NAME, ModelCard, TeacherFacts, make_card, write_model
 from videogru.models.classifier import Classifier
 from videogru.training.averaging import weight_average
 from videogru.training.callbacks import BadFiles, Scores
@@ -37,6 +40,14 @@ from videogru.training.norms import share_norms
 from videogru.training.processes import ALONE, Group
 from videogru.training.state import STATE_FILE, SaveState, StateFile, load_classifier, read_state
 from videogru.training.task import SequenceTask
+from videogru.training.teacher import (
+    Teacher,
+    TeachFirst,
+    gives_same_frames,
+    projection_of,
+    read_teacher,
+    teacher_facts,
+)
 
 # Of ImageNet for color; gray volumes arrive in 0..1 with much background.
 _COLOR = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -45,13 +56,17 @@ _GRAY = ((0.25,), (0.25,))
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training ends with; best: scores of the kept epoch, empty where the last epoch was kept."""
+    """What a training ends with.
+
+    best: scores of the kept epoch, empty where the last epoch was kept; features: what it read in place of sources.
+    """
 
     model: Path
     best: dict[str, float]
     epochs: int
     seconds: float
     bad_files: int
+    features: FeatureRows | None = None
 
 
 def build_classifier(config: Config, num_classes: int) -> Classifier:
@@ -101,9 +116,17 @@ def trainable_classifier(config: Config, corpus: Corpus, *, processes: int = 1) 
         )
     if corpus.kind == "image" and config.model.use_gaps:
         raise ConfigError("an image is one step, without gaps", where="model.use_gaps", hint="Leave it at false.")
-    classifier = build_classifier(config, len(corpus.classes))
+    if train.features is None:
+        classifier = build_classifier(config, len(corpus.classes))
+    else:
+        classifier = classifier_over(open_features(train.features), config, len(corpus.classes))
+        read_features(config, corpus)
     if train.optimizer == "muon":
         muon_groups(classifier, train)
+    if train.teacher is not None:
+        teacher = read_teacher(config, corpus)
+        if teacher.wants_states:
+            projection_of(teacher, classifier, train.seed)
     if train.compile and processes > 1:
         raise ConfigError(
             "is not supported with several processes",
@@ -113,6 +136,13 @@ def trainable_classifier(config: Config, corpus: Corpus, *, processes: int = 1) 
     if train.compile:
         check_compiles(config.model, "cuda" if torch.cuda.is_available() else "cpu")
     return classifier
+
+
+def read_features(config: Config, corpus: Corpus) -> FeatureRows:
+    """The features of all rows, which are trained, validated and scored on. Raises DataError where some are stale."""
+    assert config.train.features is not None
+    rows = np.concatenate([corpus.manifest.rows(split) for split in SPLITS])
+    return features_of(open_features(config.train.features), corpus, rows)
 
 
 def fit(
@@ -137,8 +167,8 @@ def fit(
     random.seed(train.seed)
     np.random.seed(train.seed % 2**32)
     classifier = group.agreed(lambda: trainable_classifier(config, corpus, processes=group.world))
-    facts = _facts(config, corpus, group)
-    state = group.by_first(lambda: read_state(run / STATE_FILE, classifier, facts)) if resume else None
+    features = None if train.features is None else group.agreed(lambda: read_features(config, corpus))
+    teacher = None if train.teacher is None else group.agreed(lambda: read_teacher(config, corpus, say=say))
     if train.gradient_checkpointing:
         classifier.use_checkpointing(train.checkpoint_steps)
     if group.world > 1:
@@ -150,12 +180,23 @@ def fit(
     bad = BadFiles(run, lambda row: str(sources[row]), limit=limit, say=say, writes=writes, left_out=left_out)
     bad.reasons = group.by_first(lambda: bad.reasons)
     counts = np.bincount(corpus.manifest.labels[rows], minlength=len(corpus.classes)).tolist()
+    total = steps * train.epochs
     task = SequenceTask(
-        classifier, train, class_counts=counts, total_steps=steps * train.epochs, failed=bad.add, group=group
+        classifier,
+        train,
+        class_counts=counts,
+        total_steps=total,
+        failed=bad.add,
+        group=group,
+        teacher=teacher,
+        maps=None if features is None else features.step,
     )
+    facts = _facts(config, corpus, group, teacher)
+    state = group.by_first(lambda: read_state(run / STATE_FILE, task, facts)) if resume else None
 
     def save(scores: dict[str, float]) -> None:
-        write_model(run / MODEL_FILE_NAME, classifier, _card(classifier, config, corpus, scores))
+        card = _card(classifier, config, corpus, scores, None if teacher is None else teacher_facts(teacher, config))
+        write_model(run / MODEL_FILE_NAME, classifier, card)
 
     scores = Scores(run, train, say=say, save=save)
     if state is not None:
@@ -165,19 +206,20 @@ def fit(
         say("the training is finished already")
         load_classifier(classifier, state)
     else:
-        _optimize(task, config, corpus, run, scores, state, facts, steps=steps, progress=progress, say=say)
+        module = CorpusModule(corpus, config, features)
+        _optimize(task, config, module, run, scores, state, facts, steps=steps, progress=progress, say=say)
     if group.is_first and (train.keep == "last" or not scores.best):
         save({"epoch": float(len(scores.history) - 1), **_last_scores(scores)})
     if group.is_first:
         add_golden_sample(run / MODEL_FILE_NAME)
     seconds = scores.seconds or time.monotonic() - started
-    return Trained(run / MODEL_FILE_NAME, scores.best, len(scores.history), seconds, len(bad.reasons))
+    return Trained(run / MODEL_FILE_NAME, scores.best, len(scores.history), seconds, len(bad.reasons), features)
 
 
 def _optimize(
     task: SequenceTask,
     config: Config,
-    corpus: Corpus,
+    module: CorpusModule,
     run: Path,
     scores: Scores,
     state: dict[str, Any] | None,
@@ -187,7 +229,7 @@ def _optimize(
     progress: bool,
     say: Callable[[str], None],
 ) -> None:
-    train, group = config.train, task.group
+    train, group, corpus = config.train, task.group, module.corpus
     # Scores first: see its docstring.
     callbacks: list[Callback] = [scores]
     if train.ema_decay:
@@ -197,6 +239,10 @@ def _optimize(
     file = StateFile(state)
     saving = SaveState(run, file, every_minutes=train.save_every_minutes, facts=facts, say=say, group=group)
     callbacks.append(saving)
+    teacher = task.teacher
+    if teacher is not None and not teacher.wants_states and gives_same_frames(config.data, corpus.kind):
+        stopped = partial(_is_stopped, saving)
+        callbacks.append(TeachFirst(teacher, corpus, config, run, group=group, stopped=stopped, say=say))
     if train.compile:
         task.classifier.encoder.compile()  # in place: names of tensors and the model file stay as they are
     if not torch.cuda.is_available():
@@ -232,7 +278,6 @@ def _optimize(
         trainer._signal_connector.register_signal_handlers = lambda: None
         among = f", {group.world} processes" if group.world > 1 else ""
         say(f"training on {trainer.strategy.root_device}{among}, {trainer.precision} precision, {steps} steps an epoch")
-        module = CorpusModule(corpus, config)
         try:
             with saving.listen():
                 checkpoint = None if state is None else run / STATE_FILE
@@ -246,13 +291,17 @@ def _optimize(
             module.close()
 
 
+def _is_stopped(saving: SaveState) -> bool:
+    return saving.stop is not None
+
+
 def _buffers_option() -> str:
     """DDP's option to send buffers before each step, under its new name or the one before."""
     known = inspect.signature(DistributedDataParallel).parameters
     return "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
 
 
-def _facts(config: Config, corpus: Corpus, group: Group) -> dict[str, Any]:
+def _facts(config: Config, corpus: Corpus, group: Group, teacher: Teacher | None) -> dict[str, Any]:
     """What a saved state and the run that goes on from it must share, in words for an error."""
     return {
         "processes": group.world,
@@ -261,6 +310,7 @@ def _facts(config: Config, corpus: Corpus, group: Group) -> dict[str, Any]:
         "training rows": len(corpus.training_rows("train")),
         "model settings": config.model.model_dump_json(exclude={"weights"}),
         "classes": list(corpus.classes),
+        "teacher": None if teacher is None else teacher.digest,
     }
 
 
@@ -268,7 +318,9 @@ def _last_scores(scores: Scores) -> dict[str, float]:
     return {k: v for k, v in scores.history[-1].items() if k.startswith(("val_", "train_"))} if scores.history else {}
 
 
-def _card(classifier: Classifier, config: Config, corpus: Corpus, scores: dict[str, float]) -> ModelCard:
+def _card(
+    classifier: Classifier, config: Config, corpus: Corpus, scores: dict[str, float], teacher: TeacherFacts | None
+) -> ModelCard:
     return make_card(
         classifier,
         kind=corpus.kind,
@@ -278,6 +330,7 @@ def _card(classifier: Classifier, config: Config, corpus: Corpus, scores: dict[s
         license="" if corpus.card is None else corpus.card.license,
         window_seconds=_window_seconds(corpus),
         metrics=scores,
+        teacher=teacher,
     )
 
 

@@ -89,11 +89,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def read_state(path: Path, model: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
+def read_state(path: Path, task: nn.Module, facts: dict[str, Any]) -> dict[str, Any]:
     """A saved state, opened without running what a pickle might hold.
 
-    model: its classifier's tensors must be those of `model`; facts: what must be as it was when the run began. Raises
-    DataError where the file is damaged, foreign or of another run.
+    task: its tensors, of the classifier and of what is trained beside it, must be those of the state; facts: what must
+    be as it was when the run began. Raises DataError where the file is damaged, foreign or of another run.
     """
     hint = f"Put it aside, and --resume begins the training anew: mv {path} {path}.damaged"
     try:
@@ -110,7 +110,7 @@ def read_state(path: Path, model: nn.Module, facts: dict[str, Any]) -> dict[str,
     for name, value in facts.items():
         if name in then and then[name] != value:
             raise DataError(f"the saved state is of a run with {name} {then[name]}, not {value}", where=path, hint=hint)
-    shapes = {f"classifier.{name}": tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in task.state_dict().items()}
     if {name: tensor.shape for name, tensor in state["state_dict"].items()} != shapes:
         raise DataError("the saved state is of a run with another model", where=path, hint=hint)
     return state
@@ -119,7 +119,8 @@ def read_state(path: Path, model: nn.Module, facts: dict[str, Any]) -> dict[str,
 def load_classifier(model: nn.Module, state: dict[str, Any]) -> None:
     """Give `model` the weights of a state: the averaged ones, where weights are averaged."""
     prefix = "classifier."
-    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state["state_dict"].items()})
+    own = {name: tensor for name, tensor in state["state_dict"].items() if name.startswith(prefix)}
+    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in own.items()})
 
 
 @contextmanager

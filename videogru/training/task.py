@@ -15,18 +15,20 @@ from videogru.config import TrainConfig
 from videogru.data.batching import Loaded
 from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
-from videogru.shapes import Labels, Logits
+from videogru.shapes import Labels, Lengths, Logits
 from videogru.training.groups import decay_groups, muon_groups
 from videogru.training.muon import Muon
 from videogru.training.norms import count_maps
 from videogru.training.processes import ALONE, Group
+from videogru.training.teacher import Teacher, projection_of, soft_loss, state_loss
 
 
 class SequenceTask(pl.LightningModule):
     """The article's recipe with options: label smoothing, class weights, warm-up and cosine or constant rate.
 
     class_counts: training rows per class; total_steps: of the whole training, for the schedule; failed: called with
-    (row, reason) of every training clip that could not be read; group: the processes that share each batch.
+    (row, reason) of every training clip that could not be read; group: the processes that share each batch; teacher:
+    of a distillation; maps: (D h w) of what it reads in place of frames, feature maps with a frozen encoder.
     """
 
     def __init__(
@@ -38,9 +40,15 @@ class SequenceTask(pl.LightningModule):
         total_steps: int,
         failed: Callable[[int, str], None],
         group: Group = ALONE,
+        teacher: Teacher | None = None,
+        maps: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
         self.classifier, self.config, self.failed, self.group = classifier, config, failed, group
+        self.teacher, self.maps = teacher, maps
+        # Trained and saved with the state, but no part of the classifier and its file.
+        wants = teacher is not None and config.distill_features > 0
+        self.projection = projection_of(teacher, classifier, config.seed) if wants else None  # type: ignore[arg-type]
         self.total_steps = total_steps
         weights = class_weights(class_counts) if config.class_weights == "balanced" else None
         self.register_buffer("class_weights", weights, persistent=False)
@@ -72,16 +80,19 @@ class SequenceTask(pl.LightningModule):
         batch = loaded.batch or self._stand_in()
         labels = batch.labels
         assert labels is not None
-        logits = self.classifier(batch.frames, batch.lengths, batch.gaps)
+        states, step_lengths, logits = self._read(batch)
         loss = self._loss(logits, batch)
+        part = 1.0 if self.group.world == 1 else self._part(batch, clips, int(all_clips))
+        if self.group.world > 1:
+            loss = loss * part
+        if self.teacher is not None:
+            share = 1.0 if self.group.world == 1 else clips / all_clips
+            loss = (1 - self.config.distill_alpha) * loss + share * self._taught(batch, states, step_lengths, logits)
         if self.trainer.progress_bar_callback is not None:
-            self.log("loss", loss.detach(), prog_bar=True, batch_size=len(labels), logger=False)
-        if self.group.world == 1:
-            total = loss.detach() * clips
-        else:
-            part = self._part(batch, clips, int(all_clips))
-            total = loss.detach() * part * all_clips
-            loss = loss * part * self.group.world
+            shown = loss.detach() * (all_clips / max(1, clips))
+            self.log("loss", shown, prog_bar=True, batch_size=len(labels), logger=False)
+        total = loss.detach() * all_clips
+        loss = loss if self.group.world == 1 else loss * self.group.world
         if clips:
             self._train.add(total, (logits.detach().argmax(dim=1) == labels).sum(), clips)
         return loss
@@ -93,8 +104,26 @@ class SequenceTask(pl.LightningModule):
 
     def _zero(self) -> torch.Tensor:
         """A loss of zero that has a gradient for every parameter."""
-        parameters = [p for p in self.classifier.parameters() if p.requires_grad]
+        parameters = [p for p in self.parameters() if p.requires_grad]
         return 0 * torch.stack([p.sum() for p in parameters]).sum()
+
+    def _read(self, batch: SequenceBatch) -> tuple[torch.Tensor, Lengths, Logits]:
+        """States (B S F) of all steps, how many are valid, and the logits (B K) of a batch of frames or of maps."""
+        read = self.classifier.features if self.maps is None else self.classifier.features_of_maps
+        states, step_lengths = read(batch.frames, batch.lengths, batch.gaps)
+        return states, step_lengths, self.classifier.logits_of(states, step_lengths)
+
+    def _taught(self, batch: SequenceBatch, states: torch.Tensor, lengths: Lengths, logits: Logits) -> torch.Tensor:
+        """The teacher's part of the loss, the mean over the clips."""
+        assert self.teacher is not None
+        lesson, config = self.teacher(batch), self.config
+        loss = config.distill_alpha * soft_loss(logits, lesson.logits, config.distill_temperature)
+        if self.projection is not None:
+            assert lesson.states is not None
+            with torch.autocast(states.device.type, enabled=False):
+                mine = self.projection(states.float())
+                loss = loss + config.distill_features * state_loss(mine, lesson.states, lengths)
+        return loss
 
     def _loss(self, logits: Logits, batch: SequenceBatch) -> torch.Tensor:
         weights, smoothing, labels = self.class_weights, self.config.label_smoothing, batch.labels
@@ -125,14 +154,15 @@ class SequenceTask(pl.LightningModule):
         one = torch.ones(1, dtype=torch.int64, device=self.device)
         # A class without rows weighs nothing, and its mean loss would be 0 / 0.
         label = one - 1 if self.class_weights is None else self.class_weights.argmax().view(1)
-        frames = torch.zeros(1, 1, net.in_channels, net.frame_size, net.frame_size, device=self.device)
+        shape = self.maps or (net.in_channels, net.frame_size, net.frame_size)
+        frames = torch.zeros(1, 1, *shape, device=self.device)
         return SequenceBatch(frames, one, one - 1, label, gaps=torch.zeros(1, 1, device=self.device))
 
     def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
         """Collect probabilities; scores are computed over the whole split, never averaged over batches."""
         if loaded.batch is None or loaded.batch.labels is None:
             return
-        logits = self.classifier(loaded.batch.frames, loaded.batch.lengths, loaded.batch.gaps)
+        logits = self._read(loaded.batch)[2]
         self._val_probabilities.append(logits.float().softmax(dim=1))
         self._val_labels.append(loaded.batch.labels)
         self._val_rows.append(loaded.batch.indices)
@@ -177,22 +207,28 @@ class SequenceTask(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Adam, AdamW, SGD with Nesterov momentum, or Muon; no decay on biases and norms for AdamW and Muon."""
         config = self.config
-        parameters = [p for p in self.classifier.parameters() if p.requires_grad]
+        parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             optimizer = torch.optim.SGD(
                 parameters, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
             )
         elif config.optimizer == "muon":
-            optimizer = Muon(muon_groups(self.classifier, config))
+            optimizer = Muon([*muon_groups(self.classifier, config), *self._projection_groups()])
         elif config.optimizer == "adam":
             optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
         else:
             groups = decay_groups(self.classifier, lr=config.lr, weight_decay=config.weight_decay)
+            groups += self._projection_groups()
             optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999))
         # A plain function: of a method, LambdaLR would save the attributes into the checkpoint.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _projection_groups(self) -> list[dict[str, Any]]:
+        if self.projection is None:
+            return []
+        return decay_groups(self.projection, lr=self.config.lr, weight_decay=self.config.weight_decay)
 
     def _rate(self, step: int) -> float:
         """Share of the peak rate: linear warm-up, then constant or half a cosine (Loshchilov and Hutter 2017)."""
