@@ -11,6 +11,9 @@ import torch
 from command_line import KINDS, QUICK, videogru
 
 torch.set_num_threads(1)
+# The first gradient starts autograd's threads, one per device; an export registers devices that are none, and with
+# their threads running a forked child can take no gradient. So the first one is now.
+torch.ones(1, requires_grad=True).sum().backward()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

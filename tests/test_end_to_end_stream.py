@@ -78,7 +78,10 @@ def test_a_signal_ends_it_with_all_written(model: Path, tmp_path: Path, stop: si
     out, frame = tmp_path / "answers.jsonl", os.urandom(32 * 24 * 3)
     command = [sys.executable, "-m", "videogru", "stream", "-", "--model", str(model), "--size", "32x24", "--fps", "25"]
     with subprocess.Popen(
-        [*command, "--out", str(out), "--every", "0.5"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "--out", str(out), "--every", "0.5"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
     ) as process:
         for _ in range(40):
             process.stdin.write(frame)

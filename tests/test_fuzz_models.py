@@ -26,7 +26,8 @@ def test_damage_is_refused_or_verified(fuzz, tmp_path: Path) -> None:
 
 
 def test_files_are_functions_of_seed_and_number(fuzz, tmp_path: Path) -> None:
-    one, same, other = (fuzz.Attempt(fuzz.make_bases(tmp_path, []), 60, seed) for seed in (0, 0, 1))
+    bases = fuzz.make_bases(tmp_path, [])
+    one, same, other = (fuzz.Attempt(bases, 60, seed) for seed in (0, 0, 1))
     contents = [[attempt.content(number, tmp_path) for number in range(60)] for attempt in (one, same, other)]
     assert contents[0] == contents[1] and contents[0] != contents[2]
 

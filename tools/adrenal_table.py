@@ -329,12 +329,12 @@ def picture(content: dict[str, Any]) -> Any:
     if content["published"]:
         best = max(content["published"], key=content["published"].__getitem__)
         value = content["published"][best]
-        said = f"published, as recalled: {best} {value:.3f} "
-        axes.annotate(said, (value, 0.97), xycoords=("data", "axes fraction"), ha="right", va="top", fontsize=7)
+        said = f"published, as recalled: {best} {value:.3f}"
+        axes.annotate(said, (value, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(left=min(axes.get_xlim()[0], 0.78))
     axes.set_xlabel("test AUC: seeds (dots), mean (bar), 95 % interval (band)")
-    axes.set_title(f"AdrenalMNIST3D, {content['size']}x{content['size']}x{content['size']}", loc="left")
+    axes.set_title(f"AdrenalMNIST3D, {content['size']}x{content['size']}x{content['size']}", loc="left", pad=16)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

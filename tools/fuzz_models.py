@@ -9,6 +9,7 @@ bounded time and memory, in a watched process; a pickle must not run. Findings a
 goes on after an interrupt. Writes fuzz-models.json and .md; exits with 1 where anything was wrong.
 """
 
+import copy
 import itertools
 import json
 import pickle
@@ -121,7 +122,7 @@ def _any_value(draws: _Draws, before: Any) -> Any:
     if isinstance(before, int | float) and draws.random() < 0.3:
         return before * 2 + 1
     pool = (*_NUMBERS, *_OTHERS)
-    return pool[int(draws.integers(len(pool)))]
+    return copy.deepcopy(pool[int(draws.integers(len(pool)))])  # what is put in may be changed itself
 
 
 def _change(value: Any, draws: _Draws) -> None:
