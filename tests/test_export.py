@@ -119,6 +119,7 @@ def test_every_format_and_precision(run: Path, tmp_path: Path, form: str, precis
     assert size < share * max(400_000, (run / "model.safetensors").stat().st_size)
 
 
+@pytest.mark.slow
 def test_pt2_in_half_precision(run: Path, tmp_path: Path) -> None:
     folder = exported(run, tmp_path / "pt2", "--format", "pt2", "--precision", "fp16", "--max-drop", "2")
     card = json.loads((folder / "card.json").read_text())
