@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import Parser, exit_code, machine, machine_lines, progress, write_json, write_text
+from fuzzing import findings_of, peak_mib, reset_peak
+from measuring import Parser, exit_code, machine, machine_lines, write_json, write_text
 
 from videogru.config import DataConfig, ModelConfig
-from videogru.data.watchdog import watched_map
-from videogru.errors import ModelFileError, SourceError
+from videogru.errors import ModelFileError
 from videogru.golden import add_golden_sample, verify_model
 from videogru.modelfile import make_card, read_card, write_model
 from videogru.models.classifier import Classifier
@@ -248,7 +248,7 @@ class Attempt:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.safetensors"
             path.write_bytes(self.content(number, Path(folder)))
-            before, started = _reset_peak(), time.perf_counter()
+            before, started = reset_peak(), time.perf_counter()
             reason = ""
             try:
                 read_card(path)
@@ -258,20 +258,10 @@ class Attempt:
                 outcome, reason = "refused", error.what
             except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
                 outcome, reason = "crashed", f"{type(error).__name__}: {error}"
-            seconds, peak = time.perf_counter() - started, _peak_mib() - before
+            seconds, peak = time.perf_counter() - started, peak_mib() - before
             if (Path(folder) / MARKER).exists():
                 outcome = "ran a pickle"
         return Finding(number, base, kind, outcome, reason, round(seconds, 3), round(peak, 1))
-
-
-def _reset_peak() -> float:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _peak_mib()
-
-
-def _peak_mib() -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
 # All of them ----------------------------------------------------------------------------------------------------
@@ -279,24 +269,20 @@ def _peak_mib() -> float:
 
 def run_all(attempt: Attempt, work: Path, *, workers: int) -> list[Finding]:
     """All findings; those of an earlier call with the same files are read back."""
-    work.mkdir(parents=True, exist_ok=True)
-    kept = work / "findings.jsonl"
-    found: dict[int, Finding] = {}
-    if kept.exists():
-        lines = kept.read_text(encoding="utf-8").splitlines()
-        found = {finding.number: finding for finding in (Finding(**json.loads(line)) for line in lines)}
-    left = [number for number in range(len(attempt)) if number not in found]
-    with kept.open("a", encoding="utf-8") as file:
-        answers = watched_map(attempt, left, num_workers=workers, timeout_seconds=MOST_SECONDS, in_order=False)
-        for _ in progress(range(len(left)), "damaged model files"):
-            number, answer = next(answers)
-            if isinstance(answer, SourceError):
-                base, kind = attempt.planned[number]
-                answer = Finding(number, base, kind, "died", answer.what)
-            found[number] = answer
-            file.write(json.dumps(asdict(answer)) + "\n")
-            file.flush()
-    return [found[number] for number in range(len(attempt))]
+
+    def died(number: int, reason: str) -> Finding:
+        base, kind = attempt.planned[number]
+        return Finding(number, base, kind, "died", reason)
+
+    return findings_of(
+        attempt,
+        work,
+        kind=Finding,
+        died=died,
+        workers=workers,
+        timeout_seconds=MOST_SECONDS,
+        what="damaged model files",
+    )
 
 
 def wrong(finding: Finding) -> bool:

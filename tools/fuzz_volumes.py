@@ -10,7 +10,6 @@ call goes on after an interrupt. Writes fuzz.json and fuzz.md; exits with 1 wher
 """
 
 import itertools
-import json
 import logging
 import re
 import sys
@@ -25,7 +24,8 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from measuring import Parser, exit_code, machine, machine_lines, progress, write_json, write_text
+from fuzzing import findings_of, peak_mib, reset_peak
+from measuring import Parser, exit_code, machine, machine_lines, write_json, write_text
 from numpy.typing import NDArray
 from volume_mutations import MUTATIONS, Base, collect_bases, mutate
 
@@ -33,7 +33,6 @@ from videogru.config import DataConfig
 from videogru.data.frames import kind_of_name
 from videogru.data.sources import open_source
 from videogru.data.volume import Volume
-from videogru.data.watchdog import watched_map
 from videogru.errors import DataError, SourceError
 
 MOST_MIB = 256  # above what was; the largest base has 2 MiB of voxels
@@ -87,7 +86,7 @@ class Attempt:
             return self._read(number, base, kind, path, sound)
 
     def _read(self, number: int, base: str, kind: str, path: Path, sound: Base | None) -> Finding:
-        before, started = _reset_peak(), time.perf_counter()
+        before, started = reset_peak(), time.perf_counter()
         reason = match = ""
         try:
             with open_source(path, data=DATA, kind="volume") as source:
@@ -97,7 +96,7 @@ class Attempt:
             outcome = "voxels"
         except SourceError as error:
             outcome, reason = "refused", error.what
-        seconds, peak = time.perf_counter() - started, _peak_mib() - before
+        seconds, peak = time.perf_counter() - started, peak_mib() - before
         if outcome == "voxels":
             match = compare(path, read, ends, str(details["axis"]))
             if match == "same" and sound is not None:
@@ -107,16 +106,6 @@ class Attempt:
                     same = np.array_equal(truth(path), whole, equal_nan=whole.dtype.kind == "f")
                     match = "same" if same else "other voxels than the sound file"
         return Finding(number, base, kind, outcome, reason, match, round(seconds, 3), round(peak, 1))
-
-
-def _reset_peak() -> float:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _peak_mib()
-
-
-def _peak_mib() -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
 def truth(path: Path) -> NDArray[Any]:
@@ -162,27 +151,17 @@ def compare(path: Path, read: NDArray[np.float32], ends: tuple[float, float], ax
 
 def run_all(attempt: Attempt, work: Path, *, workers: int) -> list[Finding]:
     """All findings; those of an earlier call with the same files are read back."""
-    work.mkdir(parents=True, exist_ok=True)
-    kept = work / "findings.jsonl"
-    found: dict[int, Finding] = {}
-    if kept.exists():
-        lines = kept.read_text(encoding="utf-8").splitlines()
-        found = {finding.number: finding for finding in (Finding(**json.loads(line)) for line in lines)}
-    left = [number for number in range(len(attempt)) if number not in found]
-    with kept.open("a", encoding="utf-8") as file:
-        answers = watched_map(attempt, left, num_workers=workers, timeout_seconds=MOST_SECONDS, in_order=False)
-        for _ in progress(range(len(left)), "damaged scans"):
-            number, answer = next(answers)
-            if isinstance(answer, SourceError):
-                known = number < len(attempt.planned)
-                base, kind = (
-                    attempt.planned[number] if known else (attempt.hostile[number - len(attempt)].name, "hostile")
-                )
-                answer = Finding(number, base, kind, "died", answer.what)
-            found[number] = answer
-            file.write(json.dumps(asdict(answer)) + "\n")
-            file.flush()
-    return [found[number] for number in range(len(attempt))]
+
+    def died(number: int, reason: str) -> Finding:
+        if number < len(attempt.planned):
+            base, kind = attempt.planned[number]
+        else:
+            base, kind = attempt.hostile[number - len(attempt.planned)].name, "hostile"
+        return Finding(number, base, kind, "died", reason)
+
+    return findings_of(
+        attempt, work, kind=Finding, died=died, workers=workers, timeout_seconds=MOST_SECONDS, what="damaged scans"
+    )
 
 
 def wrong(finding: Finding) -> bool:
