@@ -167,6 +167,7 @@ def test_a_card_of_another_model_is_refused(tmp_path):
         ({"model__hidden_size": 16_000}, "fit"),
         ({"model__encoder": "resnet18"}, "missing encoder.layers.conv1.weight"),
         ({"classes": ["a", "b"]}, r"head.linear.weight has shape \(3, 12\), not \(2, 12\)"),
+        ({"data__channels": None, "kind": "image"}, "1 channels, but of kind image 3 are read"),
         ({"data__max_memory_gib": 8, "kind": "video"}, "max_memory_gib is for volumes"),
         ({"format_version": 4}, "format version 4, and videogru"),
         ({"format_version": "1"}, "format version '1' does not exist"),

@@ -92,9 +92,11 @@ class ModelCard(BaseModel):
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("class names repeat")
         try:
-            self.data.for_kind(self.kind)
+            channels = self.data.for_kind(self.kind).channels
         except ConfigError as error:
             raise ValueError(error.what) from error
+        if channels != self.in_channels:
+            raise ValueError(f"{self.in_channels} channels, but of kind {self.kind} {channels} are read")
         if self.golden is not None and len(self.golden.logits) != len(self.classes):
             raise ValueError(f"{len(self.classes)} classes but a golden sample of {len(self.golden.logits)} logits")
         return self
