@@ -7,13 +7,13 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from small_models import stirred_classifier
 
-from videogru.config import DataConfig, ModelConfig
+from videogru.config import DataConfig
 from videogru.deploy import export
 from videogru.deploy.gate import cases_of, check_shapes
 from videogru.errors import ConfigError
 from videogru.modelfile import make_card
-from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
 
 for _package in ("onnx", "onnxruntime", "onnxscript", "openvino"):
@@ -31,19 +31,8 @@ def _sizes_stay_free() -> Iterator[None]:
 
 
 def checked(tmp_path: Path, form: str, precision: str, **settings: object) -> tuple[float, ...]:
-    torch.manual_seed(0)
     chosen = {"encoder": "small", "encoder_width": 8, "hidden_size": 8, "hyper_size": 4} | settings
-    model = Classifier(
-        ModelConfig(**chosen),
-        in_channels=3,
-        frame_size=SIDE,
-        num_classes=4,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = stirred_classifier(SIDE, **chosen)
     coarse = np.random.default_rng(0).integers(0, 256, (4, STEPS, 3, 4, 4), dtype=np.uint8)
     frames = torch.from_numpy(np.kron(coarse, np.ones((1, 1, 1, SIDE // 4, SIDE // 4), np.uint8)))
     gaps = torch.ones(4, STEPS)

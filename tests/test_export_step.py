@@ -8,6 +8,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from small_models import stirred_classifier
 
 from videogru.config import DataConfig, ModelConfig
 from videogru.deploy import export
@@ -33,19 +34,7 @@ def _sizes_stay_free(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def a_model(**settings: object) -> Classifier:
-    torch.manual_seed(0)
-    model = Classifier(
-        ModelConfig(encoder="small", encoder_width=8, hidden_size=8, temporal="causal", **settings),
-        in_channels=3,
-        frame_size=SIDE,
-        num_classes=4,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return stirred_classifier(SIDE, encoder="small", encoder_width=8, hidden_size=8, temporal="causal", **settings)
 
 
 def clips() -> SequenceBatch:

@@ -1,14 +1,13 @@
 """The golden sample notices what changes an answer, and nothing else."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command_line import videogru
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from small_models import rewrite
 
 from videogru.config import DataConfig, ModelConfig
 from videogru.errors import ModelFileError
@@ -35,18 +34,6 @@ def written(path: Path, kind: str, **settings) -> Path:
     write_model(path, model.eval(), card)
     add_golden_sample(path)
     return path
-
-
-def rewrite(path: Path, *, tensors=None, **changes) -> None:
-    with safe_open(path, framework="pt") as file:
-        content = json.loads(file.metadata()["videogru"])
-    for key, value in changes.items():
-        *sections, last = key.split("__")
-        place = content
-        for section in sections:
-            place = place[section]
-        place[last] = value
-    save_file(load_file(path) if tensors is None else tensors, path, metadata={"videogru": json.dumps(content)})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import rewrite
 
 from videogru import __version__
 from videogru.config import DataConfig, ModelConfig
@@ -44,19 +44,6 @@ def written(tmp_path):
     path = tmp_path / "model.safetensors"
     write_model(path, *make())
     return path
-
-
-def rewrite(path, tensors=None, **changes):
-    """The same file with other tensors or other values in its card; a dotted value goes inside a section."""
-    with safe_open(path, framework="pt") as file:
-        content = json.loads(file.metadata()["videogru"])
-    for key, value in changes.items():
-        *sections, last = key.split("__")
-        place = content
-        for section in sections:
-            place = place[section]
-        place[last] = value
-    save_file(load_file(path) if tensors is None else tensors, path, metadata={"videogru": json.dumps(content)})
 
 
 def refuse(path, match: str) -> ModelFileError:

@@ -1,0 +1,41 @@
+"""What tests of model files and exports share: a small net with moved weights, and an edited card."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from videogru.config import ModelConfig
+from videogru.models.classifier import Classifier
+
+
+def stirred_classifier(side: int, **settings: object) -> Classifier:
+    """Three channels, four classes, in eval mode; weights are moved, so that no part is the identity it starts as."""
+    torch.manual_seed(0)
+    model = Classifier(
+        ModelConfig(**settings),
+        in_channels=3,
+        frame_size=side,
+        num_classes=4,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **changes: object) -> None:
+    """The same file with other tensors or other values in its card; of `section__key`, the value inside a section."""
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["videogru"])
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        place = content
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    save_file(load_file(path) if tensors is None else tensors, path, metadata={"videogru": json.dumps(content)})
