@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import rewrite
 from torch import nn
 
 from videogru.config import DataConfig, ModelConfig
@@ -35,6 +36,14 @@ def write_stream_model(
     nn.init.normal_(classifier.head.linear.weight, std=2.0)
     card = make_card(classifier, kind=kind, classes=CLASSES, data=read, window_seconds=window_seconds)
     write_model(path, classifier, card)
+    return path
+
+
+def with_exits(place: Path, thresholds: list[float], changed: list[int], *, clips: int = 99, **how) -> Path:
+    """The same, reading every frame, and with this table of when to stop early."""
+    path = write_stream_model(place / "model.safetensors", **{"data": {"sampling": "all"}, **how})
+    table = {"dataset": "made", "split": "val", "clips": clips, "thresholds": thresholds, "changed": changed}
+    rewrite(path, exits=table)
     return path
 
 

@@ -48,7 +48,7 @@ def test_flags_grow_only_on_purpose() -> None:
         ],
         "stream": [
             *("source", "--model", "--out", "--every", "--top-k", "--size", "--fps"),
-            *("--step-seconds", "--restart", "--device"),
+            *("--step-seconds", "--restart", "--exit-risk", "--device"),
         ],
         "probe": ["run_or_model", "--split", "--data-dir", "--device"],
         "export": ["run_or_model", "--format", "--precision", "--step", "--max-drop", "--out", "--data-dir"],
@@ -56,6 +56,7 @@ def test_flags_grow_only_on_purpose() -> None:
         "encode": ["dataset", "--model", "--data-dir", "--out"],
         "model show": ["run_or_model"],
         "model verify": ["runs_or_models"],
+        "model calibrate": ["run_or_model", "--split", "--dataset", "--data-dir", "--device"],
         "data list": [],
         "data info": [
             "name_or_folder",
@@ -100,6 +101,7 @@ def test_help_is_light() -> None:
         ["encode"],
         ["model", "show"],
         ["model", "verify"],
+        ["model", "calibrate"],
     ],
 )
 def test_every_command_shows_examples(typed, command: list[str]) -> None:

@@ -156,7 +156,7 @@ def test_a_card_of_another_model_is_refused(tmp_path):
         ({"classes": ["a", "b"]}, r"head.linear.weight has shape \(3, 12\), not \(2, 12\)"),
         ({"data__channels": None, "kind": "image"}, "1 channels, but of kind image 3 are read"),
         ({"data__max_memory_gib": 8, "kind": "video"}, "max_memory_gib is for volumes"),
-        ({"format_version": 4}, "format version 4, and videogru"),
+        ({"format_version": 5}, "format version 5, and videogru"),
         ({"format_version": "1"}, "format version '1' does not exist"),
         ({"format_version": True}, "format version True does not exist"),
         ({"format_version": 0}, "format version 0 does not exist"),

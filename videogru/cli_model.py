@@ -1,13 +1,16 @@
-"""The commands of `videogru model`: what a model file is, and whether it still says what it said."""
+"""The commands of `videogru model`: what it is, whether it says what it said, how sure it must be to stop early."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from videogru.options import DataDirOption, SplitName
 from videogru.terminal import say, show_facts
 
-model_app = typer.Typer(help="Look at model files.", no_args_is_help=True, rich_markup_mode="rich")
+model_app = typer.Typer(
+    help="Look at model files, check them, calibrate them.", no_args_is_help=True, rich_markup_mode="rich"
+)
 
 
 @model_app.command(
@@ -51,3 +54,24 @@ def model_verify(
                 refused += 1
     if refused:
         raise typer.Exit(4)
+
+
+@model_app.command(
+    name="calibrate",
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru model calibrate runs/clips-0001\n\n"
+    "videogru model calibrate runs/clips-0001 --dataset more.csv --split test",
+)
+def model_calibrate(
+    run_or_model: Annotated[Path, typer.Argument(help="Run folder or model file.")],
+    split: Annotated[SplitName, typer.Option(help="Rows to read, which no training saw.")] = SplitName.val,
+    dataset: Annotated[str | None, typer.Option(help="Another data set than the model was trained on.")] = None,
+    data_dir: DataDirOption = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Write into a model file how sure it must be for `stream --exit-risk`, by reading videos. Weights stay."""
+    from videogru.deploy.calibrate import calibrate_run
+
+    failed = calibrate_run(run_or_model, split=split.value, dataset=dataset, data_dir=data_dir, device=device, say=say)
+    if failed:
+        raise typer.Exit(3)

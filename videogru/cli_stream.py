@@ -15,6 +15,7 @@ EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
     "videogru stream video.mp4 --model runs/clips-0001\n\n"
     "videogru stream rtsp://camera.local/live --out answers.jsonl --every 1\n\n"
+    "videogru stream video.mp4 --exit-risk 0.01     (no further than where the answer stays, with a risk of 1 %)\n\n"
     "videogru stream 0     (the first camera, where PyAV reads cameras)\n\n"
     "ffmpeg -i video.mp4 -f rawvideo -pix_fmt rgb24 - | videogru stream - --size 112x96 --fps 25"
 )
@@ -52,6 +53,14 @@ def stream(
         float | None,
         typer.Option(metavar="SECONDS", help="Forget what was seen, so often; default: never.", show_default=False),
     ] = None,
+    exit_risk: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RISK",
+            help="Stop reading a file where the risk of another answer at its end is this; default: never.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
     """Follow a video as it comes; cost and memory per frame stay the same. For models with model.temporal=causal."""
@@ -61,6 +70,15 @@ def stream(
     for flag, value in given.items():
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{flag} wants a number above 0, got {value:g}")
+    if exit_risk is not None:
+        if not 0 < exit_risk < 1:
+            raise ConfigError(f"--exit-risk wants a number between 0 and 1, got {exit_risk:g}")
+        for flag, value in (("--restart", restart), ("--step-seconds", step_seconds)):
+            if value is not None:
+                raise ConfigError(
+                    f"--exit-risk is known for whole videos, read as in training, and {flag} reads otherwise",
+                    hint="Leave one of them out.",
+                )
     if source == "-" and sys.stdin.isatty():
         raise ConfigError("nothing is piped in", where="standard input", hint="videogru stream --help shows how.")
     try:
@@ -74,6 +92,7 @@ def stream(
             fps=fps,
             step_seconds=step_seconds,
             restart_seconds=restart,
+            exit_risk=exit_risk,
             device=device,
             stdin=cast(BufferedIOBase, sys.stdin.buffer) if source == "-" else None,
             say=say,

@@ -37,6 +37,7 @@ def describe_model(path: Path) -> dict[str, Any]:
             "metrics": {name: round(score, 4) for name, score in card.metrics.items()},
             "teacher": None if card.teacher is None else card.teacher.model_dump(),
         },
+        "early_exit": _exit_facts(card),
         "written": {
             "created": card.created.isoformat(timespec="seconds"),
             "golden_sample": "yes" if card.golden else "none: verify has nothing to replay",
@@ -60,6 +61,17 @@ def reading_facts(card: ModelCard) -> dict[str, Any]:
         "mean": [round(value, 6) for value in card.mean],
         "std": [round(value, 6) for value in card.std],
         **{key: str(value) for key, value in others.items()},
+    }
+
+
+def _exit_facts(card: ModelCard) -> dict[str, Any] | None:
+    """What `stream --exit-risk` stands on."""
+    if card.exits is None:
+        return None
+    clips = card.exits.clips
+    return {
+        "calibrated_on": f"{clips:,} {card.exits.split} videos of {card.exits.dataset}",
+        "least_risk": f"1 / {clips + 1:,}",
     }
 
 

@@ -5,6 +5,7 @@ import json
 import os
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +16,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from videogru import __version__
-from videogru.config import MAX_CHANNELS, DataConfig, Kind, ModelConfig
+from videogru.config import MAX_CHANNELS, DataConfig, Kind, ModelConfig, Split
 from videogru.errors import ConfigError, ModelFileError, VideogruError
 from videogru.exported.folder import is_exported, read_export_card
 from videogru.models.classifier import Classifier, Normalize
 
-FORMAT_VERSION = 3  # 2: the golden sample; 3: the teacher
+FORMAT_VERSION = 4  # 2: the golden sample; 3: the teacher; 4: the exit table
 MODEL_FILE_NAME = "model.safetensors"
 _HEADER_KEY = "videogru"
 _PER_CHANNEL = Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=MAX_CHANNELS)]
@@ -47,6 +48,32 @@ class TeacherFacts(BaseModel):
     features: Annotated[FiniteFloat, Field(ge=0)]
 
 
+class ExitTable(BaseModel):
+    """How sure a model must be to answer before the end of a video; made and read by `inference/early_exit.py`.
+
+    clips: videos of `split` of `dataset` that it was made from; thresholds (M,): confidences, increasing from 0 on;
+    changed (M,): of how many of the clips the answer may be another than at their end, where reading stops as soon as
+    the confidence lies above the threshold, or above any higher one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    split: Split
+    clips: Annotated[int, Field(ge=1, le=10**9)]
+    thresholds: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)]
+    changed: tuple[Annotated[int, Field(ge=0)], ...]
+
+    @model_validator(mode="after")
+    def _falls(self) -> "ExitTable":
+        if len(self.thresholds) != len(self.changed) or self.changed[-1] != 0 or self.changed[0] > self.clips:
+            raise ValueError(f"{len(self.thresholds)} thresholds want as many counts, of {self.clips} clips down to 0")
+        rows = list(zip(self.thresholds, self.changed, strict=True))
+        if any(a[0] >= b[0] or a[1] <= b[1] for a, b in pairwise(rows)):
+            raise ValueError("thresholds must increase and their counts fall")
+        return self
+
+
 class ModelCard(BaseModel):
     """What a model is and how its input is made.
 
@@ -55,7 +82,7 @@ class ModelCard(BaseModel):
     that wrote it; dataset, license: of the training data; window_seconds: lengths of the windows of videos that it was
     trained on (10th, 50th and 90th percentile), empty for whole sources; metrics: scores by name; golden: what
     `videogru model verify` replays, None in files of format 1 and of trainings that did not end; teacher: of a
-    distilled model; created: UTC.
+    distilled model; exits: of a model that `stream --exit-risk` may stop early; created: UTC.
     """
 
     # A metric may be nan, which JSON has no number for.
@@ -77,6 +104,7 @@ class ModelCard(BaseModel):
     metrics: dict[str, float]
     golden: GoldenSample | None = None
     teacher: TeacherFacts | None = None
+    exits: ExitTable | None = None
     created: datetime
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from videogru.data.views import ONE_VIEW, Views, check_views
 from videogru.encoded import settings_over_features
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.exported.folder import is_exported
+from videogru.inference.early_exit import calibrate_trained
 from videogru.inference.evaluate import Evaluation, evaluate
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, read_csv
@@ -175,6 +176,7 @@ def processes_to_start(config: Config) -> tuple[int, int] | None:
 
 
 def _assess_trained(trained: Trained, config: Config, corpus: Corpus, run: Path, *, say: Say) -> Outcome:
+    calibrate_trained(trained.model, config, corpus, say=say)
     labels = corpus.manifest.labels
     splits: list[Split] = [split for split in ("val", "test") if (labels[corpus.manifest.rows(split)] >= 0).any()]
     commands = [_typed("train", "--config", run / "config.yaml"), _typed("eval", run)]

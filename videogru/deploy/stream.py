@@ -22,6 +22,7 @@ from videogru.deploy.live import NewestFrames
 from videogru.deploy.stream_output import LiveLine, RecordWriter, live_line_file
 from videogru.errors import ConfigError, Interrupted, SourceError
 from videogru.inference.answers import check_writable, newest_of_kind
+from videogru.inference.early_exit import known_exits, threshold_for
 from videogru.inference.predict import Predictor
 from videogru.modelfile import ModelCard, find_model
 from videogru.sequence import FrameSequence
@@ -45,6 +46,10 @@ class StreamClassifier:
         self.restart_seconds = restart_seconds
         self._classifier = predictor.classifier
         self._fresh = self._classifier.initial_state(1)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was seen: the next frame is the first of another video."""
         self._state = self._fresh
         self._began: float | None = None
         self._last = 0.0
@@ -100,16 +105,20 @@ def step_seconds_of(card: ModelCard, data: DataConfig, stream: FrameStream) -> f
 
 @dataclass
 class Progress:
-    """What happened so far: whether it began, frames read and dropped, and the milliseconds of the last ones."""
+    """What happened so far: whether it began, frames read and dropped, whether the last one was so sure that reading
+    stopped, and the milliseconds of the last ones.
+    """
 
     began: bool = False
     read: int = 0
     dropped: int = 0
+    stopped: bool = False
     milliseconds: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMED))
 
     def __str__(self) -> str:
         text = f"{self.read:,} frames read, {self.dropped:,} dropped"
-        return f"{text}, {statistics.median(self.milliseconds):.1f} ms a frame" if self.milliseconds else text
+        text += f", {statistics.median(self.milliseconds):.1f} ms a frame" if self.milliseconds else ""
+        return f"{text}, stopped before the end" if self.stopped else text
 
 
 def answer_stream(
@@ -123,6 +132,7 @@ def answer_stream(
     fps: float | None,
     step_seconds: float | None,
     restart_seconds: float | None,
+    exit_risk: float | None,
     device: str,
     stdin: BufferedIOBase | None,
     say: Say,
@@ -130,25 +140,35 @@ def answer_stream(
     """Follow a source to its end, write a record per answered frame, and keep one line on the terminal up to date.
 
     source, size, fps: see `open_stream`; step_seconds: between the frames that are read, default `step_seconds_of`;
-    every_seconds: at least so far apart are answers, of which the last frame always is one; out: file of the records,
-    None: standard output unless it is a terminal. Raises ConfigError, ModelFileError or SourceError on what cannot be
+    every_seconds: at least so far apart are answers, of which the last frame always is one; exit_risk: reading stops
+    where the answer is another than at the end with no larger risk; out: file of the records, None: standard output
+    unless it is a terminal. Raises ConfigError, ModelFileError or SourceError on what cannot be
     used, Interrupted after Ctrl-C; what was answered until then is written.
     """
     if out is not None:
         check_writable(out)
     chosen = find_model(model) if model is not None else newest_of_kind("video", say)
     classifier = StreamClassifier(Predictor.from_file(chosen, device=device), restart_seconds=restart_seconds)
+    surer_than = None if exit_risk is None else threshold_for(known_exits(classifier.card, chosen), exit_risk)
     stream = open_stream(source, data=classifier.data, stdin=stdin, size=size, fps=fps)
     progress = Progress()
     try:
+        if exit_risk is not None:
+            check_has_end(stream)
         if step_seconds is None:
             step_seconds = step_seconds_of(classifier.card, classifier.data, stream)
         with (
             RecordWriter(out, classifier.card.classes, every_seconds=every_seconds, top_k=top_k) as writer,
             LiveLine(live_line_file()) as line,
         ):
-            for seconds, probabilities in follow(stream, classifier, step_seconds=step_seconds, progress=progress):
-                record = writer.add(seconds, probabilities, dropped=progress.dropped)
+            how = {"step_seconds": step_seconds, "surer_than": surer_than}
+            for seconds, probabilities in follow(stream, classifier, **how, progress=progress):
+                exit = None
+                if progress.stopped:
+                    assert stream.extent is not None
+                    left = round(stream.extent[1] - seconds, 6)
+                    exit = {"risk": exit_risk, "surer_than": surer_than, "frames": progress.read, "seconds_left": left}
+                record = writer.add(seconds, probabilities, dropped=progress.dropped, exit=exit)
                 line.show(record, milliseconds=progress.milliseconds[-1])
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted after {progress}") from None
@@ -162,10 +182,28 @@ def answer_stream(
     say(f"{stream.name}: {progress}")
 
 
+def check_has_end(stream: FrameStream) -> None:
+    """Raises ConfigError where nobody knows the end of a stream, so that no answer is the one at its end."""
+    if stream.is_live or stream.extent is None:
+        raise ConfigError(
+            "--exit-risk is about the answer at the end, and this has none that is known",
+            where=stream.name,
+            hint="Name a file, or leave --exit-risk out.",
+        )
+
+
 def follow(
-    stream: FrameStream, classifier: StreamClassifier, *, step_seconds: float | None, progress: Progress
+    stream: FrameStream,
+    classifier: StreamClassifier,
+    *,
+    step_seconds: float | None,
+    progress: Progress,
+    surer_than: float | None = None,
 ) -> Iterator[tuple[float, NDArray[np.float64]]]:
-    """(seconds, probabilities) after each frame that was read, to the end. Only what is live drops frames."""
+    """(seconds, probabilities) after each frame that was read, to the end. Only what is live drops frames.
+
+    surer_than: a first answer with a larger probability than this is the last; no frame behind it is decoded.
+    """
     progress.began = True
     takes = Pace(step_seconds).takes
     with ExitStack() as opened:
@@ -179,7 +217,10 @@ def follow(
             progress.milliseconds.append(1000 * (time.perf_counter() - began))
             progress.read += 1
             progress.dropped = 0 if newest is None else newest.dropped
+            progress.stopped = surer_than is not None and bool(probabilities.max() > surer_than)
             yield seconds, probabilities
+            if progress.stopped:
+                return
 
 
 def parse_size(text: str) -> tuple[int, int]:

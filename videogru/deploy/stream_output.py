@@ -20,9 +20,10 @@ _LINE_SECONDS = 0.1  # between two versions of the line; faster, no eye could re
 class RecordWriter:
     """JSON lines to `out`, to standard output where that is no terminal, or nowhere. Each line is written at once.
 
-    A record has seconds (when the frame began), predicted, confidence, top (list of class and probability) and dropped
-    (frames so far that the model was too slow for). every_seconds: frames between answers give no record, but the last
-    of all does when this closes. Raises DataError where it cannot be written.
+    A record has seconds (when the frame began), predicted, confidence, top (list of class and probability), dropped
+    (frames so far that the model was too slow for) and, where reading stopped at it, exit. every_seconds: frames
+    between answers give no record, but the last of all does when this closes. Raises DataError where it cannot be
+    written.
     """
 
     def __init__(self, out: Path | None, classes: tuple[str, ...], *, every_seconds: float | None, top_k: int) -> None:
@@ -42,14 +43,17 @@ class RecordWriter:
             raise self._failed(error) from error
         return self
 
-    def add(self, seconds: float, probabilities: NDArray[np.float64], *, dropped: int) -> dict[str, Any]:
-        """The record of a frame (K,), written if it is time for one."""
+    def add(
+        self, seconds: float, probabilities: NDArray[np.float64], *, dropped: int, exit: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The record of a frame (K,), written if it is time for one; exit: what it says of having stopped there."""
         order = np.argsort(-probabilities, kind="stable")[: self._top_k]
         top = [{"class": self._classes[k], "probability": round(float(probabilities[k]), 6)} for k in order]
         best = top[0]
         self._held = {
             **{"seconds": round(seconds, 6), "predicted": best["class"], "confidence": best["probability"]},
             **{"top": top, "dropped": dropped},
+            **({} if exit is None else {"exit": exit}),
         }
         record = self._held
         if self._every is None:
@@ -109,6 +113,8 @@ class LiveLine:
             f"{record['seconds']:.2f} s  {record['predicted']}  {record['confidence']:.3f}  "
             f"{milliseconds:.1f} ms  dropped {record['dropped']}"
         )
+        if "exit" in record:
+            self._text += f"  stopped, {record['exit']['seconds_left']:.2f} s left"
         if time.monotonic() - self._last >= _LINE_SECONDS:
             self._draw()
             self._last = time.monotonic()
