@@ -53,6 +53,8 @@ def checked(tmp_path: Path, form: str, precision: str, **settings: object) -> tu
         ("onnx", "int8", {"cell": "mingru", "seq": "rows", "use_gaps": True}),
         ("onnx", "fp32", {"cell": "convgru"}),
         ("pt2", "fp32", {"local_attention": 2}),
+        ("onnx", "fp32", {"temporal": "causal", "num_layers": 2, "lookahead": 2}),
+        ("onnx", "int8", {"temporal": "causal", "cell": "lstm", "num_layers": 2}),
     ],
 )
 def test_shapes_and_padding(tmp_path: Path, form: str, precision: str, settings: dict[str, object]) -> None:
@@ -68,6 +70,7 @@ def test_shapes_and_padding(tmp_path: Path, form: str, precision: str, settings:
     "settings",
     [
         {"cell": "gru", "num_layers": 2, "residual": True},
+        {"temporal": "causal", "num_layers": 2, "pooling": "last"},
         {"cell": "lstm"},
         {"cell": "mingru"},
         {"cell": "hypergru"},

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 from small_models import stirred_classifier
+from stream_sources import write_stream_model
 
 from videogru.config import DataConfig, ModelConfig
+from videogru.data.streams import open_stream
 from videogru.deploy import export
 from videogru.deploy.replay import replay
+from videogru.deploy.stream import Progress, StreamClassifier, follow
 from videogru.errors import ConfigError
 from videogru.exported.run import open_exported
-from videogru.modelfile import make_card
+from videogru.inference.predict import Predictor
+from videogru.modelfile import make_card, read_model
 from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
 
@@ -116,3 +120,32 @@ def test_a_model_that_reads_ahead_has_no_step(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="temporal=bi"):
         export.check_wanted(model, format="onnx", precision="fp32", step=True)
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_a_stream_runs_on_the_graph_of_a_step(shared_data: Path, tmp_path: Path, form: str) -> None:
+    path = write_stream_model(tmp_path / "model.safetensors", use_gaps=True, num_layers=2, data={"sampling": "dense"})
+    classifier, card = read_model(path)
+    folder = tmp_path / form
+    folder.mkdir()
+    export.build(folder, classifier, card, [], format=form, precision="fp32", step=True)
+    video = sorted((shared_data / "grid/videos").glob("*.mp4"))[1]
+    answers = []
+    for model in (path, folder):
+        predictor = Predictor.from_file(model, device="cpu")
+        stream = open_stream(str(video), data=predictor.data)
+        following = StreamClassifier(predictor, restart_seconds=1.5)
+        said = list(follow(stream, following, step_seconds=0.1, progress=Progress()))
+        stream.close()
+        answers.append(np.stack([probabilities for _, probabilities in said]))
+    np.testing.assert_allclose(answers[1], answers[0], rtol=0, atol=1e-5)
+    assert answers[0].shape == (30, 3) and np.ptp(answers[0], axis=0).max() > 0.01
+
+
+def test_an_export_of_whole_clips_follows_no_stream(tmp_path: Path) -> None:
+    classifier, card = read_model(write_stream_model(tmp_path / "model.safetensors"))
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    export.build(folder, classifier, card, [], format="onnx", precision="fp32")
+    with pytest.raises(ConfigError, match="(?s)takes whole clips.*--step"):
+        StreamClassifier(Predictor.from_file(folder, device="cpu"))

@@ -8,16 +8,18 @@ Contenders, by turns in every round, on the same model and frames:
   step         classifier.step: the new frame and the state
   window       classifier.forward on the last --window frames, as clip models do for every new frame
   kept maps    the encoder on the new frame, the recurrent part on the last --window maps: what a 2-D encoder could do
+  r3d_18       a clip model, torchvision's, on the last --window frames
+  --exports    step and window of the same model as exports: `videogru export --step` and without
 
-Then one stream of --frames frames by `step`, in blocks: median and 95th percentile of the milliseconds, and the
-resident set at the end of each block. Writes stream.json, .md and .png after the rounds and after every tenth block, so
-that Ctrl-C leaves the blocks before it. Without --model the weights are random: speed does not depend on them.
+Then one stream of --frames frames by the contender --long, in blocks: median and 95th percentile of the milliseconds,
+and the resident set at the end of each block. Writes NAME.json, .md and .png after the rounds and after every tenth
+block, so that Ctrl-C leaves the blocks before it. Without --model weights are random: speed does not depend on them.
 """
 
 import statistics
 import sys
+import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,15 +36,25 @@ from measuring import (
     write_picture,
     write_text,
 )
+from stream_contenders import (
+    CLIP_MODEL,
+    KEPT,
+    POOL,
+    STEP,
+    WINDOW,
+    Reader,
+    build,
+    clip_model_reader,
+    export_readers,
+    frames_of,
+    readers,
+)
 
-from videogru.config import ModelConfig
+from videogru.exported.folder import FORMATS, PRECISIONS
 from videogru.modelfile import find_model, read_model
-from videogru.models.classifier import Classifier
 
-CONTENDERS = ("step", "window", "kept maps")
-CLASSES = 10
-POOL = 64  # different frames, which come round again
 WARM_UP = 20
+GOAL = 12.0  # times a step, at least
 COLORS = ("#0072b2", "#d55e00")
 
 
@@ -60,12 +72,14 @@ class Block:
 class Results:
     """Milliseconds per frame of each contender, one median per round, and the blocks of the long stream."""
 
-    rounds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in CONTENDERS})
+    rounds: dict[str, list[float]] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
 
     def ratios(self, name: str) -> list[float]:
-        """How many times as long as a step, round by round."""
-        return [other / step for other, step in zip(self.rounds[name], self.rounds["step"], strict=True)]
+        """How many times as long as a step of the same runtime, round by round."""
+        of_export, _, _ = name.rpartition(f" {WINDOW}")
+        step = f"{of_export} {STEP}" if of_export else name if name.endswith(STEP) else STEP
+        return [other / one for other, one in zip(self.rounds[name], self.rounds[step], strict=True)]
 
     def ends(self) -> tuple[Sequence[Block], Sequence[Block]]:
         """The first and the last tenth of the blocks, one at least; the very first, which warms up, is left out."""
@@ -74,58 +88,7 @@ class Results:
         return rest[:count], rest[-count:]
 
 
-def build(encoder: str, hidden_size: int, num_layers: int, frame_size: int) -> Classifier:
-    """A causal model with random weights, in eval mode."""
-    torch.manual_seed(0)
-    settings = {"encoder": encoder, "hidden_size": hidden_size, "num_layers": num_layers, "temporal": "causal"}
-    made = Classifier(
-        ModelConfig.model_validate(settings),
-        in_channels=3,
-        frame_size=frame_size,
-        num_classes=CLASSES,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-    )
-    return made.eval()
-
-
-def frames_of(classifier: Classifier) -> torch.Tensor:
-    """(POOL 1 C H W) uint8, on the device of the model."""
-    size = classifier.frame_size
-    shape = (POOL, 1, classifier.in_channels, size, size)
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(classifier.head.linear.weight.device)
-
-
-def readers(classifier: Classifier, window: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Functions from the next frame (1 C H W) to logits; each keeps what it needs of the frames before."""
-    device = classifier.head.linear.weight.device
-    state = classifier.initial_state(1)
-    gap = torch.full((1,), 0.04, device=device)
-    recent: deque[torch.Tensor] = deque(maxlen=window)
-    maps: deque[torch.Tensor] = deque(maxlen=window)
-
-    def step(frame: torch.Tensor) -> torch.Tensor:
-        nonlocal state
-        logits, state = classifier.step(frame, state, gap)
-        return logits
-
-    def lengths(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tensor([count], device=device), gap.expand(1, count)
-
-    def whole(frame: torch.Tensor) -> torch.Tensor:
-        recent.append(frame)
-        logits: torch.Tensor = classifier(torch.stack(tuple(recent), dim=1), *lengths(len(recent)))
-        return logits
-
-    def kept(frame: torch.Tensor) -> torch.Tensor:
-        maps.append(classifier.maps(frame.unsqueeze(1), lengths(1)[0]))
-        return classifier.from_maps(torch.cat(tuple(maps), dim=1), *lengths(len(maps)))
-
-    return dict(zip(CONTENDERS, (step, whole, kept), strict=True))
-
-
-def milliseconds(read: Callable[[torch.Tensor], torch.Tensor], frame: torch.Tensor) -> float:
+def milliseconds(read: Reader, frame: torch.Tensor) -> float:
     """Of one frame, until the logits are in the memory of the CPU."""
     started = time.perf_counter()
     read(frame).cpu()
@@ -142,29 +105,37 @@ def rss_mib() -> float:
 
 
 @torch.inference_mode()
-def compare(classifier: Classifier, *, window: int, rounds: int, repeats: int, results: Results) -> None:
+def compare(
+    contenders: Mapping[str, Reader], frames: torch.Tensor, *, window: int, rounds: int, repeats: int, results: Results
+) -> None:
     """Every contender's turn of `repeats` frames, `rounds` times, with full windows."""
-    frames, contenders = frames_of(classifier), readers(classifier, window)
+    names = tuple(contenders)
+    results.rounds |= {name: [] for name in names}
     for read in contenders.values():
         for place in range(window + 2):
             read(frames[place % POOL])
     for round_ in range(1, rounds + 1):
-        first = round_ % len(CONTENDERS)  # who comes first differs, and what a turn finds in the caches is not timed
-        for name in (*CONTENDERS[first:], *CONTENDERS[:first]):
+        first = round_ % len(names)  # who comes first differs, and what a turn finds in the caches is not timed
+        for name in (*names[first:], *names[:first]):
             read = contenders[name]
             read(frames[0])
             taken = [milliseconds(read, frames[place % POOL]) for place in range(repeats)]
             results.rounds[name].append(statistics.median(taken))
-        said = ", ".join(f"{name} {results.rounds[name][-1]:.2f} ms" for name in CONTENDERS)
+        said = ", ".join(f"{name} {results.rounds[name][-1]:.2f} ms" for name in names)
         print(f"round {round_}/{rounds}: {said}", file=sys.stderr, flush=True)
 
 
 @torch.inference_mode()
 def run_long(
-    classifier: Classifier, *, frames: int, block: int, results: Results, tick: Callable[[], None] = lambda: None
+    read: Reader,
+    pool: torch.Tensor,
+    *,
+    frames: int,
+    block: int,
+    results: Results,
+    tick: Callable[[], None] = lambda: None,
 ) -> None:
     """One stream of so many frames; a block is added to the results for every `block` of them."""
-    pool, read = frames_of(classifier), readers(classifier, 1)["step"]
     for place in range(WARM_UP):
         read(pool[place % POOL])
     for done in range(block, frames + 1, block):
@@ -177,28 +148,23 @@ def run_long(
 def report(results: Results, facts: Mapping[str, object], settings: Mapping[str, Any]) -> str:
     """Tables in Markdown."""
     lines = ["# What a new frame of a stream costs", "", *machine_lines(facts), "", settings["model"], ""]
-    if results.rounds["step"]:
+    if results.rounds:
         lines += [
-            f"Medians of {settings['repeats']} frames, over {len(results.rounds['step'])} rounds in which the "
-            "contenders took turns: median (least to greatest).",
+            f"Medians of {settings['repeats']} frames, over {len(results.rounds[STEP])} rounds in which the "
+            "contenders took turns: median (least to greatest). Times a step: of the same runtime.",
             "",
             "| | ms per new frame | times a step |",
             "|---|---:|---:|",
         ]
-        names = {
-            "step": "`step`, with the state",
-            "window": f"the last {settings['window']} frames again",
-            "kept maps": f"the last {settings['window']} maps again, one frame encoded",
-        }
-        for name in CONTENDERS:
-            cells = median_range(results.rounds[name], "{:.2f}"), median_range(results.ratios(name), "{:.1f}")
-            lines.append(f"| {names[name]} | {cells[0]} | {cells[1]} |")
-        lines.append("")
+        for name, taken in results.rounds.items():
+            cells = median_range(taken, "{:.2f}"), median_range(results.ratios(name), "{:.1f}")
+            lines.append(f"| {contender_title(name, settings['window'])} | {cells[0]} | {cells[1]} |")
+        lines += ["", *verdicts(results), ""]
     if results.blocks:
         first, last = results.ends()
         lines += [
-            f"One stream of {results.blocks[-1].frames:,} frames (of {settings['frames']:,}), in blocks of "
-            f"{settings['block']:,}; the first block, which warms up, is left out.",
+            f"One stream of {results.blocks[-1].frames:,} frames (of {settings['frames']:,}) by {settings['long']}, in "
+            f"blocks of {settings['block']:,}; the first block, which warms up, is left out.",
             "",
             "| | first tenth | last tenth |",
             "|---|---:|---:|",
@@ -213,7 +179,32 @@ def report(results: Results, facts: Mapping[str, object], settings: Mapping[str,
     return "\n".join(lines)
 
 
-def picture(results: Results) -> Any:
+def contender_title(name: str, window: int) -> str:
+    """A contender in words."""
+    runtime, _, how = name.rpartition(" ")
+    if name == CLIP_MODEL:
+        return f"PyTorch, r3d_18 on the last {window} frames"
+    if name == KEPT:
+        return f"PyTorch, the last {window} maps again, one frame encoded"
+    return f"{runtime or 'PyTorch'}, " + (
+        "`step`, with the state" if how == STEP else f"the last {window} frames again"
+    )
+
+
+def verdicts(results: Results) -> list[str]:
+    """The goal, for each window that was read again."""
+    lines = []
+    for name in results.rounds:
+        if name.endswith(WINDOW):
+            times = statistics.median(results.ratios(name))
+            said = "met" if times >= GOAL else "NOT met"
+            lines.append(
+                f"- {name.removesuffix(WINDOW).strip() or 'PyTorch'}: a step {GOAL:g} times cheaper is {said}."
+            )
+    return lines
+
+
+def picture(results: Results, settings: Mapping[str, Any]) -> Any:
     """Milliseconds per frame and MiB against frames read, both from zero on."""
     from matplotlib.figure import Figure
 
@@ -224,10 +215,14 @@ def picture(results: Results) -> Any:
         frames, [b.median_ms for b in results.blocks], [b.p95_ms for b in results.blocks], alpha=0.2, color=COLORS[0]
     )
     left.plot(
-        frames, [b.median_ms for b in results.blocks], color=COLORS[0], label="step (shaded: to the 95th percentile)"
+        frames,
+        [b.median_ms for b in results.blocks],
+        color=COLORS[0],
+        label=f"{settings['long']} (shaded: to the 95th percentile)",
     )
-    if results.rounds["window"]:
-        usual = statistics.median(results.rounds["window"])
+    window = settings["long"].removesuffix(STEP) + WINDOW
+    if window in results.rounds:
+        usual = statistics.median(results.rounds[window])
         left.axhline(usual, color=COLORS[1], linestyle="--", label=f"the window again, {usual:.1f} ms")
     left.set(ylabel="ms per new frame")
     right.plot(frames, [b.rss_mib for b in results.blocks], color=COLORS[0])
@@ -244,10 +239,11 @@ def picture(results: Results) -> Any:
 def write(out: Path, results: Results, settings: Mapping[str, Any], facts: Mapping[str, object]) -> str:
     """Write what was measured so far; returns the report."""
     text = report(results, facts, settings)
-    write_json(out / "stream.json", {"facts": facts, "settings": settings, **asdict(results)})
-    write_text(out / "stream.md", text)
+    name = settings["name"]
+    write_json(out / f"{name}.json", {"facts": facts, "settings": settings, **asdict(results)})
+    write_text(out / f"{name}.md", text)
     if results.blocks:
-        write_picture(out / "stream.png", picture(results))
+        write_picture(out / f"{name}.png", picture(results, settings))
     return text
 
 
@@ -267,34 +263,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--block", type=int, default=1000, help="frames per point of it; default: %(default)s")
     parser.add_argument("--threads", type=int, help="of torch; default: as it chooses")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--exports",
+        nargs="*",
+        default=[],
+        metavar="FORMAT:PRECISION",
+        help="like onnx:fp32 openvino:int8; default: none",
+    )
+    parser.add_argument("--long", default=STEP, help="contender of the long stream, like 'openvino int8 step'")
     parser.add_argument("--out", type=Path, default=Path("docs/deploy"), help="folder; default: %(default)s")
+    parser.add_argument("--name", default="stream", help="of the files; default: %(default)s")
     options = parser.parse_args(words)
     names = ("frame_size", "hidden_size", "num_layers", "window", "rounds", "repeats", "frames", "block")
     counts = {name: getattr(options, name) for name in names}
     if min(*counts.values(), options.threads or 1) < 1 or options.frames < options.block:
         parser.error(f"{', '.join(counts)} and threads want whole numbers above 0, and frames no fewer than block")
+    exports = [tuple(word.split(":")) for word in options.exports]
+    if not all(len(pair) == 2 and pair[0] in FORMATS and pair[1] in PRECISIONS for pair in exports):
+        parser.error(f"--exports wants FORMAT:PRECISION of {', '.join(FORMATS)} and {', '.join(PRECISIONS)}")
+    if options.long not in (STEP, *(f"{form} {precision} {STEP}" for form, precision in exports)):
+        parser.error("--long wants step, or 'FORMAT PRECISION step' of one of --exports")
     if options.threads:
         torch.set_num_threads(options.threads)
     facts = machine(["python", "tools/bench_stream.py", *words])
 
     def measure() -> None:
+        card = None
         if options.model is None:
-            sizes = options.hidden_size, options.num_layers, options.frame_size
-            classifier = build(options.encoder, *sizes)
+            classifier = build(options.encoder, options.hidden_size, options.num_layers, options.frame_size)
         else:
-            classifier = read_model(find_model(options.model))[0]
+            classifier, card = read_model(find_model(options.model))
         classifier = classifier.to(options.device)
-        config, size = classifier.config, classifier.frame_size
+        config, size, window = classifier.config, classifier.frame_size, options.window
         cells = (
             f"{config.num_layers} x {config.cell} {config.hidden_size}" if config.cell != "none" else "no recurrence"
         )
         about = (
-            f"Encoder {config.encoder}, {size} x {size} pixels, {cells}, pooling {config.pooling}, float32, batch 1."
+            f"Encoder {config.encoder}, {size} x {size} pixels, {cells}, pooling {config.pooling}, float32 where an "
+            f"export is not said to be less, batch 1, {torch.get_num_threads()} threads."
         )
-        settings = {**counts, "model": about, "device": options.device}
-        results = Results()
+        contenders = readers(classifier, window) | {CLIP_MODEL: clip_model_reader(classifier, window)}
+        with tempfile.TemporaryDirectory() as place:
+            for form, precision in exports:
+                print(f"building {form} {precision}", file=sys.stderr, flush=True)
+                threads = torch.get_num_threads()
+                contenders |= export_readers(classifier, card, window, form, precision, Path(place), threads)
+        settings = {**counts, "model": about, "device": options.device, "long": options.long, "name": options.name}
+        results, pool = Results(), frames_of(classifier)
         turns = {name: counts[name] for name in ("window", "rounds", "repeats")}
-        compare(classifier, **turns, results=results)
+        compare(contenders, pool, **turns, results=results)
         write(options.out, results, settings, facts)
 
         def tick() -> None:
@@ -307,7 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
 
-        run_long(classifier, frames=options.frames, block=options.block, results=results, tick=tick)
+        read = contenders.pop(options.long)
+        contenders.clear()  # their memory is none of the stream's
+        run_long(read, pool, frames=options.frames, block=options.block, results=results, tick=tick)
         print(write(options.out, results, settings, facts), end="")
 
     return exit_code("bench_stream.py", measure, kept=f"{options.out} has what was measured until then")

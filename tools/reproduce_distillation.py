@@ -50,7 +50,7 @@ class Row:
 
 TASKS = {
     "grid_digits": Task("GRID digits", "grid_digits-teacher", "grid_digits-student"),
-    "cifar100": Task("CIFAR-100, 10 epochs", None, "cifar100-student", {"train.epochs": "10"}),
+    "cifar100": Task("CIFAR-100, 5 epochs", None, "cifar100-student", {"train.epochs": "5"}),
 }
 ROWS = {
     "teacher": Row("teacher"),

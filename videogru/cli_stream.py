@@ -14,6 +14,8 @@ from videogru.terminal import say
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
     "videogru stream video.mp4 --model runs/clips-0001\n\n"
+    "videogru export runs/clips-0001 --format openvino --precision int8 --step --out small/\n\n"
+    "videogru stream video.mp4 --model small/\n\n"
     "videogru stream rtsp://camera.local/live --out answers.jsonl --every 1\n\n"
     "videogru stream video.mp4 --exit-risk 0.01     (no further than where the answer stays, with a risk of 1 %)\n\n"
     "videogru stream 0     (the first camera, where PyAV reads cameras)\n\n"
@@ -27,7 +29,9 @@ def stream(
     ],
     model: Annotated[
         Path | None,
-        typer.Option(help="Model file or run folder; default: the newest run on videos.", show_default=False),
+        typer.Option(
+            help="Model file, run folder or export --step; default: the newest run on videos.", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -7,7 +7,7 @@ body may be wrapped, as by the tests' check of shapes: no_type_check keeps it as
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -195,6 +195,24 @@ class ScannedLSTM(nn.Module):
         return outputs, (hidden.unsqueeze(0), memory.unsqueeze(0))
 
 
+class LengthKept(nn.Module):
+    """A layer of torch whose outputs have as many steps as its inputs, as a graph sees it.
+
+    The exporter to ONNX gives outputs of torch's GRU and LSTM the number of steps they were traced with, and what comes
+    next, a second layer above all, would freeze it. Backward states are reordered, which has the same effect.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Any]:
+        """As the layer."""
+        outputs, last = self.layer(inputs)
+        every = torch.arange(inputs.shape[1], device=inputs.device)
+        return outputs.index_select(1, every), last
+
+
 @no_type_check
 def _gru_step(
     from_input: Float[Tensor, "B G"], from_state: Float[Tensor, "B G"], state: Float[Tensor, "B H"]
@@ -222,4 +240,6 @@ def scanned(classifier: Classifier, *, torch_layers: bool) -> Classifier:
         for index, layer in enumerate(layers):
             if type(layer) in kinds:
                 layers[index] = kinds[type(layer)](layer)
+            elif type(layer) in _TORCH and not copy.recurrent.bidirectional:
+                layers[index] = LengthKept(layer)
     return copy

@@ -42,10 +42,10 @@ class StreamClassifier:
         card = predictor.card
         if card.kind != "video":
             raise ConfigError(f"this model reads {card.kind}s, not videos", hint="Name a video model with --model.")
-        self.card, self.data, self.device = card, predictor.data, predictor.device
+        self.card, self.data = card, predictor.data
         self.restart_seconds = restart_seconds
-        self._classifier = predictor.classifier
-        self._fresh = self._classifier.initial_state(1)
+        self._predictor = predictor
+        self._fresh = predictor.initial_state(1)
         self.begin()
 
     def begin(self) -> None:
@@ -54,7 +54,6 @@ class StreamClassifier:
         self._began: float | None = None
         self._last = 0.0
 
-    @torch.inference_mode()
     def read(self, pixels: NDArray[np.uint8], seconds: float, *, pixel_aspect: float = 1.0) -> NDArray[np.float64]:
         """(K,) probabilities after one more frame: RGB (H W 3) as the readers give it, which begins at `seconds`.
 
@@ -68,10 +67,9 @@ class StreamClassifier:
         # A copy, as torch knows neither flipped nor read-only arrays; its axes in memory as in the readers' clips.
         frames = torch.from_numpy(np.array(pixels, order="C")[None]).permute(0, 3, 1, 2)
         clip = FrameSequence(frames, torch.tensor([seconds], dtype=torch.float64), "seconds")
-        prepared = prepare_clip(clip, data=self.data, pixel_aspect=pixel_aspect).frames.to(self.device)
-        gaps = torch.tensor([gap], dtype=torch.float32, device=self.device)
-        logits, self._state = self._classifier.step(prepared, self._state, gaps)
-        probabilities: NDArray[np.float64] = logits[0].cpu().double().softmax(0).numpy()
+        prepared = prepare_clip(clip, data=self.data, pixel_aspect=pixel_aspect).frames
+        said, self._state = self._predictor.step(prepared, self._state, torch.tensor([gap], dtype=torch.float32))
+        probabilities: NDArray[np.float64] = said[0].numpy()
         if not np.isfinite(probabilities).all():
             raise SourceError(f"the model gives no finite score at {seconds:g} seconds")
         return probabilities

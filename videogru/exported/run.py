@@ -45,29 +45,44 @@ class Exported:
         state = self.fresh_states(len(frames))
         answers = np.empty((len(frames), len(self.card.labels)), np.float32)
         for place in range(int(lengths.max())):
-            at_step = {"frame": frames[:, place], **state}
-            if "gaps" in given:
-                at_step["gap"] = given["gaps"][:, place]
-            said = self.step(at_step)
+            gap = given["gaps"][:, place] if "gaps" in given else None
+            said, state = self.step_on(frames[:, place], state, gap)
             ends = lengths == place + 1
-            answers[ends] = said["probabilities"][ends]
-            state = {name: said[name + NEXT] for name in state}
+            answers[ends] = said[ends]
         return answers
+
+    def step_on(
+        self,
+        frame: UInt8[np.ndarray, "B C H W"] | Float32[np.ndarray, "B C H W"],
+        state: Mapping[str, NDArray[Any]],
+        gap: Float32[np.ndarray, " B"] | None,
+    ) -> tuple[Float32[np.ndarray, "B K"], Arrays]:
+        """Probabilities of streams after one more frame of each, and their states after it. gap: left out if unread."""
+        given = {"frame": frame, **state}
+        if "gap" in self.card.inputs:
+            assert gap is not None
+            given["gap"] = gap
+        said = self.step(given)
+        return np.asarray(said["probabilities"], np.float32), {name: said[name + NEXT] for name in state}
 
     def step(self, given: Mapping[str, NDArray[Any]]) -> Arrays:
         """One frame of each stream and the states, by name, to probabilities and the states after it."""
-        if not self.card.step:
-            raise ConfigError(
-                "this export takes whole clips", where=self.card.folder, hint="Export with --step for single frames."
-            )
+        self._check_step()
         return self._run({name: np.ascontiguousarray(array) for name, array in given.items()})
 
     def fresh_states(self, batch: int) -> Arrays:
-        """The states of `batch` streams before their first frames."""
+        """The states of `batch` streams before their first frames. Raises ConfigError where it takes whole clips."""
+        self._check_step()
         return {
             name: np.full((batch, *state["shape"]), state["fill"], dtype=state["type"])
             for name, state in self.card.states.items()
         }
+
+    def _check_step(self) -> None:
+        if not self.card.step:
+            raise ConfigError(
+                "this export takes whole clips", where=self.card.folder, hint="Export with --step for single frames."
+            )
 
 
 def open_exported(folder: Path, *, threads: int | None = None, device: str = "auto") -> Exported:

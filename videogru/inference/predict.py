@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from numpy.typing import NDArray
+from torch import Tensor
 
 from videogru.config import DataConfig
 from videogru.data.batching import OrderedBatches
@@ -179,9 +181,32 @@ class Predictor:
         if not isinstance(self._model, Exported):
             read = self._model if self.features is None else self._model.from_maps
             logits: torch.Tensor = read(frames, lengths, gaps)
-            return logits.double().softmax(dim=1).cpu()
+            return logits.cpu().double().softmax(dim=1)
         given = None if gaps is None else gaps.numpy()
         return torch.from_numpy(self._model.probabilities(frames.numpy(), lengths.numpy(), given)).double()
+
+    def initial_state(self, batch: int) -> Mapping[str, Any]:
+        """What `batch` streams keep before their first frames, by name.
+
+        Raises ConfigError where the model needs frames that a stream does not have yet, or an export takes whole clips.
+        """
+        if isinstance(self._model, Exported):
+            return self._model.fresh_states(batch)
+        return self._model.initial_state(batch)
+
+    @torch.inference_mode()
+    def step(
+        self, frame: Tensor, state: Mapping[str, Any], gaps: Float[Tensor, " B"]
+    ) -> tuple[Float64[Tensor, "B K"], Mapping[str, Any]]:
+        """Probabilities of streams after one more frame of each (B C H W), and what they keep then.
+
+        gaps: since the frame before, in the sources' unit; a model without model.use_gaps does not read them.
+        """
+        if isinstance(self._model, Exported):
+            said, after = self._model.step_on(frame.numpy(), state, gaps.numpy())
+            return torch.from_numpy(said).double(), after
+        logits, kept = self._model.step(frame.to(self.device), dict(state), gaps.to(self.device))
+        return logits.cpu().double().softmax(dim=1), kept
 
     def predict_paths(
         self,
