@@ -7,7 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from videogru.config import ModelConfig
+from videogru.config import DataConfig, ModelConfig
+from videogru.golden import add_golden_sample
+from videogru.modelfile import make_card, write_model
 from videogru.models.classifier import Classifier
 
 
@@ -39,3 +41,24 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **change
             place = place[section]
         place[last] = value
     save_file(load_file(path) if tensors is None else tensors, path, metadata={"videogru": json.dumps(content)})
+
+
+GOLDEN_KINDS = {
+    "video": DataConfig(frame_size=24, num_frames=6, channels=3, fit="crop"),
+    "volume": DataConfig(frame_size=24, num_frames=6, channels=3, fit="pad", slab=3, axis="auto"),
+    "image": DataConfig(frame_size=24, num_frames=1, channels=1, fit="stretch"),
+}
+
+
+def written(path: Path, kind: str, **settings: object) -> Path:
+    """A model file with a golden sample; its running means are not those of the start."""
+    data = GOLDEN_KINDS[kind]
+    torch.manual_seed(4)
+    config = ModelConfig(**{"encoder_width": 8, "hidden_size": 6, **settings})
+    shape = {"mean": (0.4,) * data.channels, "std": (0.2,) * data.channels}
+    model = Classifier(config, in_channels=data.channels, frame_size=24, num_classes=4, **shape).train()
+    model(torch.rand(4, 2, data.channels, 24, 24), torch.tensor([2, 2, 2, 1]), torch.ones(4, 2))
+    card = make_card(model, kind=kind, classes=tuple("abcd"), data=data)
+    write_model(path, model.eval(), card)
+    add_golden_sample(path)
+    return path

@@ -55,7 +55,7 @@ def test_flags_grow_only_on_purpose() -> None:
         "bench": ["models", "--split", "--threads", "--batch-size", "--rounds", "--data-dir", "--out"],
         "encode": ["dataset", "--model", "--data-dir", "--out"],
         "model show": ["run_or_model"],
-        "model verify": ["runs_or_models"],
+        "model verify": ["runs_or_models", "--backend"],
         "model calibrate": ["run_or_model", "--split", "--dataset", "--data-dir", "--device"],
         "data list": [],
         "data info": [

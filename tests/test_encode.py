@@ -139,7 +139,7 @@ def test_trained_from_features_it_is_a_whole_model(tmp_path: Path, monkeypatch: 
     assert said.predicted.tolist() == of_files.predicted.tolist()
     answer = videogru("infer", "data/a/0.png", "--model", "run")
     assert answer.code == 0 and "0.png" in answer.out
-    assert videogru("model", "verify", "run").code == 0
+    assert videogru("model", "verify", "run", "--backend", "torch").code == 0
     again = videogru("train", "--resume", "run")
     assert again.code == 0 and "finished already" in again.err
     repeated = videogru("train", "--config", "run/config.yaml", "--out", "again")

@@ -31,28 +31,34 @@ def model_show(run_or_model: Annotated[Path, typer.Argument(help="Run folder or 
     name="verify",
     epilog="[bold]Examples[/bold]\n\n"
     "videogru model verify runs/grid_digits-0001\n\n"
-    "videogru model verify a.safetensors b.safetensors",
+    "videogru model verify a.safetensors exported/ --backend torch,onnx",
 )
 def model_verify(
-    runs_or_models: Annotated[list[Path], typer.Argument(help="Run folders or model files.")],
+    runs_or_models: Annotated[list[Path], typer.Argument(help="Run folders, model files and exports.")],
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Only these: torch, cuda, mps, onnx, openvino, pt2, tensorrt. Default: all that are here.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Replay the golden sample that was stored at training, on every device here: does the model say what it said?"""
-    from videogru.golden import devices_here, verify_model
+    """Replay the golden sample stored at training through PyTorch and every export runtime here (4 where one fails)."""
+    from videogru.deploy.verify import parse_backends, verify
+    from videogru.errors import GateRefused
     from videogru.modelfile import find_model
 
-    refused = 0
+    names, failed = parse_backends(backend), 0
     for path in map(find_model, runs_or_models):
-        for device in devices_here():
-            replay = verify_model(path, device)
-            if replay is None:
-                say(f"{path}: no golden sample to replay (written by another version, or its training did not end)")
-            else:
-                told = "holds" if replay.holds else "REFUSED"
-                by = f"logits differ by {replay.difference:.2g}, allowed {replay.allowed:.2g}"
-                say(f"{path}: {told} on {device}: {by}{'' if replay.same_class else ', another class'}")
-            if replay is None or not replay.holds:
-                refused += 1
-    if refused:
+        try:
+            for verdict in verify(path, names):
+                print(f"{path}: {verdict}", flush=True)
+                failed += verdict.state == "FAILED"
+        except GateRefused as error:
+            say(str(error))
+            failed += 1
+    if failed:
         raise typer.Exit(4)
 
 

@@ -96,13 +96,23 @@ def verify_model(path: Path, device: torch.device | str = "cpu") -> Replay | Non
     Raises ModelFileError where the file cannot be read.
     """
     classifier, card = read_model(path, device)
+    wanted = golden_logits(card)
+    return None if wanted is None else compare(replay(classifier, card), wanted, str(device))
+
+
+def golden_logits(card: ModelCard) -> Tensor | None:
+    """What the model said of the golden sample when it was written, (K,) float32; None where that is not known here."""
     if card.golden is None or card.golden.pattern != PATTERN:
         return None
-    said, wanted = replay(classifier, card), torch.tensor(card.golden.logits)
+    return torch.tensor(card.golden.logits)
+
+
+def compare(said: Tensor, wanted: Tensor, device: str) -> Replay:
+    """Logits or logarithms of probabilities, (K,) each, beside those that were said when the model was written."""
     difference = float((said - wanted).abs().max())
     allowed = TOLERANCE * max(1.0, float(wanted.abs().max()))
     same = bool(wanted[int(said.argmax())] >= wanted.max() - allowed)
-    return Replay(str(device), difference, allowed, same)
+    return Replay(device, difference, allowed, same)
 
 
 def devices_here() -> list[str]:

@@ -35,6 +35,8 @@ from videogru.exported.folder import (
     check_packages,
     file_sum,
 )
+from videogru.exported.run import open_exported
+from videogru.golden import PATTERN, golden_batch
 from videogru.inference.predict import Predictor
 from videogru.modelfile import ModelCard, read_model
 from videogru.models.classifier import Classifier
@@ -139,7 +141,8 @@ def export_model(
         checked = Checked(SHAPES, largest, mean, padding, **scores).to_dict() | {"max_drop_points": max_drop}
         if precision == "int8":
             checked["calibration_clips"] = sum(len(batch) for batch in clips)
-        write_card(replace(made, checks=checked), card)
+        made = replace(made, checks=checked, golden=golden_answer(folder, card))
+        write_card(made, card)
         (folder / EXAMPLE_NAME).write_text(example_for(made), encoding="utf-8")
         size = sum((folder / name).stat().st_size for name in made.files)
     return ExportOutcome(target, size, model.stat().st_size, checked)
@@ -154,9 +157,13 @@ def build(
     format: str,
     precision: str,
     step: bool = False,
+    traced_before: Any = None,
 ) -> ExportCard:
-    """Write model and card, not compared with anything yet. clips: calibrate int8; frames are of their type."""
-    frame_type = torch.float32 if card.kind == "volume" else torch.uint8
+    """Write model and card, not compared with anything yet.
+
+    clips: calibrate int8; traced_before: the ONNX model of `to_onnx`, where it is at hand.
+    """
+    frame_type = frame_type_of(card)
     files = [folder / name for name in MODEL_FILES[format]]
     traced: Any = stepped if step else graph
     if format == "pt2":
@@ -164,7 +171,7 @@ def build(
     else:
         from videogru.deploy import quantize
 
-        model = traced.to_onnx(classifier, frame_type)
+        model = traced.to_onnx(classifier, frame_type) if traced_before is None else traced_before
         if precision == "int8":
             feeds = stepped.feeds_of(classifier, clips) if step else feeds_of(clips, classifier.config.use_gaps)
             model = quantize.to_int8(model, feeds)
@@ -184,10 +191,16 @@ def build(
         frame_type=str(frame_type).removeprefix("torch."),
         states=stepped.states_of(classifier) if step else {},
         checks={},
+        golden=None,
         model_card=card.model_dump(mode="json"),
     )
     write_card(made, card)
     return made
+
+
+def frame_type_of(card: ModelCard) -> torch.dtype:
+    """Of the frames that a graph reads: as the readers give them."""
+    return torch.float32 if card.kind == "volume" else torch.uint8
 
 
 def write_graph(model: Any, format: str, files: Sequence[Path], *, half: bool, length: int) -> None:
@@ -215,6 +228,17 @@ def write_openvino(content: bytes, path: Path, *, half: bool) -> None:
     path.write_bytes(re.sub(rb"\n\s*", b"\n", path.read_bytes()))  # indentation is a tenth of it
 
 
+def golden_answer(folder: Path, card: ModelCard) -> dict[str, Any]:
+    """What an export says of the golden sample where it is written, for `videogru model verify` elsewhere."""
+    said = open_exported(folder).probabilities(**golden_case(card))
+    return {"pattern": PATTERN, "probabilities": [float(value) for value in said[0]]}
+
+
+def golden_case(card: ModelCard) -> dict[str, NDArray[Any]]:
+    """The golden sample as inputs of an export, by name: one clip."""
+    return feeds_of([golden_batch(card)], card.model.use_gaps)[0]
+
+
 def write_card(made: ExportCard, card: ModelCard) -> None:
     """Write card.json."""
     data = card.data
@@ -238,6 +262,7 @@ def write_card(made: ExportCard, card: ModelCard) -> None:
         },
         "states": made.states,
         "checks": made.checks,
+        "golden": made.golden,
         "versions": _versions(made.format),
         "model_card": made.model_card,
     }

@@ -35,7 +35,8 @@ EXPORT_AGAIN = "Copy the folder again, or export again: videogru export MODEL"
 class ExportCard:
     """What card.json says: the format and precision, names in and out, labels, and the model's own card as it was.
 
-    files: SHA-256 by name; states: of a step graph, shape and type by name; checks: figures of the export.
+    files: SHA-256 by name; states: of a step graph, shape and type by name; checks: figures of the export; golden:
+    what it said of the golden sample where it was written, None in folders of before.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class ExportCard:
     frame_type: str
     states: dict[str, dict[str, Any]]
     checks: dict[str, Any]
+    golden: dict[str, Any] | None
     model_card: dict[str, Any]
 
 
@@ -98,6 +100,7 @@ def read_export_card(folder: Path) -> ExportCard:
             frame_type=content["preprocessing"]["frame_type"],
             states=dict(content["states"]),
             checks=dict(content["checks"]),
+            golden=_golden_of(content),
             model_card=dict(content["model_card"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -107,6 +110,16 @@ def read_export_card(folder: Path) -> ExportCard:
             f"damaged: files {sorted(card.files)} of format {card.format!r}", where=path, hint=EXPORT_AGAIN
         )
     return card
+
+
+def _golden_of(content: dict[str, Any]) -> dict[str, Any] | None:
+    golden = content.get("golden")
+    if golden is None:
+        return None
+    said = [float(value) for value in golden["probabilities"]]
+    if len(said) != len(content["labels"]) or not all(0 <= value <= 1.001 for value in said):
+        raise ValueError("the golden sample's probabilities")
+    return {"pattern": int(golden["pattern"]), "probabilities": said}
 
 
 def file_sum(path: Path) -> str:

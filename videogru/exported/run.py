@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from videogru.errors import ConfigError, ModelFileError
 from videogru.exported.folder import EXPORT_AGAIN, MODEL_FILES, NEXT, PACKAGES, ExportCard, file_sum, read_export_card
 
-_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "torch", "tensorrt": "tensorrt"}
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "torch", "tensorrt": "tensorrt"}
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
@@ -100,15 +100,20 @@ def open_exported(folder: Path, *, threads: int | None = None, device: str = "au
             raise ModelFileError(f"cannot be read: {error.strerror}", where=folder / name, hint=EXPORT_AGAIN) from error
         if found != wanted:
             raise ModelFileError("damaged: not the bytes that were exported", where=folder / name, hint=EXPORT_AGAIN)
-    module = _RUNTIMES[card.format]
+    check_runtime(card)
+    opened = {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2, "tensorrt": _open_tensorrt}
+    return Exported(card, opened[card.format](card, threads, device))
+
+
+def check_runtime(card: ExportCard) -> None:
+    """Raises ConfigError, with the line that installs it, where the package is missing that runs an export."""
+    module = RUNTIMES[card.format]
     if importlib.util.find_spec(module) is None:
         raise ConfigError(
             f"running this export needs the package {module}, which is not installed",
-            where=folder,
+            where=card.folder,
             hint=PACKAGES[card.format][1],
         )
-    opened = {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2, "tensorrt": _open_tensorrt}
-    return Exported(card, opened[card.format](card, threads, device))
 
 
 def _open_onnx(card: ExportCard, threads: int | None, device: str) -> Run:
