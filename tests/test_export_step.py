@@ -15,7 +15,7 @@ from videogru.config import DataConfig, ModelConfig
 from videogru.data.streams import open_stream
 from videogru.deploy import export
 from videogru.deploy.replay import replay
-from videogru.deploy.stream import Progress, StreamClassifier, follow
+from videogru.deploy.stream import Progress, StreamClassifier, check_calibrated, follow
 from videogru.errors import ConfigError
 from videogru.exported.run import open_exported
 from videogru.inference.predict import Predictor
@@ -138,8 +138,13 @@ def test_a_stream_runs_on_the_graph_of_a_step(shared_data: Path, tmp_path: Path,
         said = list(follow(stream, following, step_seconds=0.1, progress=Progress()))
         stream.close()
         answers.append(np.stack([probabilities for _, probabilities in said]))
+    check_calibrated(folder)
     np.testing.assert_allclose(answers[1], answers[0], rtol=0, atol=1e-5)
     assert answers[0].shape == (30, 3) and np.ptp(answers[0], axis=0).max() > 0.01
+    card = folder / "card.json"
+    card.write_text(card.read_text().replace('"precision": "fp32"', '"precision": "int8"'))
+    with pytest.raises(ConfigError, match="calibrated in float32, and this export computes in int8"):
+        check_calibrated(folder)
 
 
 def test_an_export_of_whole_clips_follows_no_stream(tmp_path: Path) -> None:

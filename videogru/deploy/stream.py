@@ -21,6 +21,7 @@ from videogru.data.transforms import prepare_clip
 from videogru.deploy.live import NewestFrames
 from videogru.deploy.stream_output import LiveLine, RecordWriter, live_line_file
 from videogru.errors import ConfigError, Interrupted, SourceError
+from videogru.exported.folder import is_exported, read_export_card
 from videogru.inference.answers import check_writable, newest_of_kind
 from videogru.inference.early_exit import known_exits, threshold_for
 from videogru.inference.predict import Predictor
@@ -147,6 +148,8 @@ def answer_stream(
         check_writable(out)
     chosen = find_model(model) if model is not None else newest_of_kind("video", say)
     classifier = StreamClassifier(Predictor.from_file(chosen, device=device), restart_seconds=restart_seconds)
+    if exit_risk is not None:
+        check_calibrated(chosen)
     surer_than = None if exit_risk is None else threshold_for(known_exits(classifier.card, chosen), exit_risk)
     stream = open_stream(source, data=classifier.data, stdin=stdin, size=size, fps=fps)
     progress = Progress()
@@ -178,6 +181,16 @@ def answer_stream(
             "ends before the first frame that is to be read", where=stream.name, hint="Lower --step-seconds."
         )
     say(f"{stream.name}: {progress}")
+
+
+def check_calibrated(model: Path) -> None:
+    """Raises ConfigError for an export that rounds: its confidences are not those that were calibrated."""
+    if is_exported(model) and (precision := read_export_card(model).precision) != "fp32":
+        raise ConfigError(
+            f"--exit-risk was calibrated in float32, and this export computes in {precision}",
+            where=model,
+            hint="Name the run, or an export in fp32.",
+        )
 
 
 def check_has_end(stream: FrameStream) -> None:
