@@ -1,10 +1,13 @@
 """What `infer` says of a file is what training said of it in its last validation pass, on real data of each kind.
 
-Files: clips of GRID digits, and scans and pictures written, without loss, from AdrenalMNIST3D; both are bundled.
+Files: clips of GRID digits, and scans and pictures written, without loss, from AdrenalMNIST3D; both are bundled. With
+the slow tests also CIFAR-100, as torchvision reads it, where it is at hand.
 """
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -15,6 +18,7 @@ from command_line import videogru
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torchvision.datasets import CIFAR100
 
 from videogru.inference.predict import Predictor
 from videogru.modelfile import MODEL_FILE_NAME
@@ -32,14 +36,42 @@ KINDS: dict[str, dict[str, object]] = {
     },
     "volume": {"data.num_frames": 8, "data.slab": 3, "data.augment.noise": 0.1, "model.use_gaps": True},
     "image": {"data.channels": 1, "data.augment.cutmix": 0.5, "model.seq": "rows"},
+    # As in the recipe; pixels are not resized.
+    "cifar100": {
+        "data.frame_size": 32,
+        "data.augment.flip": 0.5,
+        "data.augment.translate": 0.125,
+        "data.augment.cutmix": 0.5,
+        "model.encoder": "airbench",
+        "model.seq": "grid",
+        "train.optimizer": "muon",
+    },
 }
+CIFAR_CLASSES = 4
 
 
-def write_sources(folder: Path, kind: str, repository: Path) -> Path:
+def write_cifar(folder: Path, packed: Path) -> list[tuple[str, str, str]]:
+    """Test images of some classes as PNG files; rows of the table."""
+    subprocess.run([sys.executable, packed / "unpack.py", folder / "official"], check=True, capture_output=True)
+    images = CIFAR100(folder / "official", train=False)
+    classes = [[k for k, label in enumerate(images.targets) if label == wanted] for wanted in range(CIFAR_CLASSES)]
+    drawn = iter(places for together in zip(*classes, strict=True) for places in together)  # classes in turn
+    rows = []
+    for split, count in EACH.items():
+        for place in [next(drawn) for _ in range(count)]:
+            images[place][0].save(folder / f"{split}{place}.png")
+            rows.append((f"{split}{place}.png", images.classes[images.targets[place]], split))
+    return rows
+
+
+def write_sources(folder: Path, kind: str, request: pytest.FixtureRequest) -> Path:
     """A table of real sources, beside them."""
+    repository = request.getfixturevalue("repository")
     table = folder / "table.csv"
     rows = []
-    if kind == "video":
+    if kind == "cifar100":
+        rows = write_cifar(folder, request.getfixturevalue("shared_data") / "cifar100")
+    elif kind == "video":
         home = repository / "datasets" / "grid_digits"
         with (home / "manifest.csv").open(newline="", encoding="utf-8") as file:
             listed = list(csv.DictReader(file))
@@ -68,12 +100,15 @@ def write_sources(folder: Path, kind: str, repository: Path) -> Path:
     return table
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repository: Path):
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=pytest.mark.slow if kind == "cifar100" else ()) for kind in KINDS],
+)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """A run of two epochs of a kind, its files of validation, and the logits of its last pass over them."""
     kind = request.param
     folder = tmp_path_factory.mktemp(kind)
-    table = write_sources(folder, kind, repository)
+    table = write_sources(folder, kind, request)
     noted: list[dict[int, torch.Tensor]] = [{}]
     real_read, real_scores = SequenceTask._read, SequenceTask.validation_scores
 
