@@ -104,8 +104,9 @@ def test_an_interrupt_leaves_the_blocks_before_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(bench_stream, "rss_mib", memory)
     sizes = ["--rounds=1", "--repeats=1", "--frames=40", "--block=2"]
     assert bench_stream.main([*SMALL, *sizes, "--out", str(tmp_path)]) == 130
-    assert len(json.loads((tmp_path / "stream.json").read_text())["blocks"]) == 10
-    assert "One stream of 20 frames (of 40) by step" in (tmp_path / "stream.md").read_text()
+    assert len(json.loads((tmp_path / "stream.json").read_text())["blocks"]) == 13
+    assert "One stream of 26 frames (of 40) by step" in (tmp_path / "stream.md").read_text()
+    assert (tmp_path / "stream.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

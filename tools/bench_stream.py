@@ -12,8 +12,8 @@ Contenders, by turns in every round, on the same model and frames:
   --exports    step and window of the same model as exports: `videogru export --step` and without
 
 Then one stream of --frames frames by the contender --long, in blocks: median and 95th percentile of the milliseconds,
-and the resident set at the end of each block. Writes NAME.json, .md and .png after the rounds and after every tenth
-block, so that Ctrl-C leaves the blocks before it. Without --model weights are random: speed does not depend on them.
+and the resident set at the end of each block. Writes NAME.json and .md after the rounds and after every tenth block,
+and at the end, or after Ctrl-C, NAME.png besides. Without --model weights are random: speed does not depend on them.
 """
 
 import statistics
@@ -236,13 +236,15 @@ def picture(results: Results, settings: Mapping[str, Any]) -> Any:
     return figure
 
 
-def write(out: Path, results: Results, settings: Mapping[str, Any], facts: Mapping[str, object]) -> str:
-    """Write what was measured so far; returns the report."""
+def write(
+    out: Path, results: Results, settings: Mapping[str, Any], facts: Mapping[str, object], *, draw: bool = False
+) -> str:
+    """Write what was measured so far; returns the report. draw: the picture, too, which takes memory for good."""
     text = report(results, facts, settings)
     name = settings["name"]
     write_json(out / f"{name}.json", {"facts": facts, "settings": settings, **asdict(results)})
     write_text(out / f"{name}.md", text)
-    if results.blocks:
+    if draw and results.blocks:
         write_picture(out / f"{name}.png", picture(results, settings))
     return text
 
@@ -326,8 +328,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         read = contenders.pop(options.long)
         contenders.clear()  # their memory is none of the stream's
-        run_long(read, pool, frames=options.frames, block=options.block, results=results, tick=tick)
-        print(write(options.out, results, settings, facts), end="")
+        try:
+            run_long(read, pool, frames=options.frames, block=options.block, results=results, tick=tick)
+        finally:  # after Ctrl-C, too
+            text = write(options.out, results, settings, facts, draw=True)
+        print(text, end="")
 
     return exit_code("bench_stream.py", measure, kept=f"{options.out} has what was measured until then")
 
