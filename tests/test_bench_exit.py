@@ -1,13 +1,13 @@
 """The benchmark of streams that stop early: intervals, shares, curves by hand, and its three files."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import write_video
-from scipy.stats import binomtest
 from stream_sources import with_exits, write_stream_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
@@ -17,10 +17,17 @@ from bench_exit import Pass, clopper_pearson, curve, judge
 
 
 @pytest.mark.parametrize(("count", "of"), [(0, 1), (1, 1), (0, 200), (1, 200), (5, 200), (100, 200), (200, 200)])
-def test_exact_intervals_are_those_of_scipy(count: int, of: int) -> None:
-    found, expected = clopper_pearson(count, of), binomtest(count, of).proportion_ci(method="exact")
+def test_exact_intervals_leave_one_fortieth_in_each_tail(count: int, of: int) -> None:
+    def chance(share: float, counts: range) -> float:
+        return math.fsum(math.comb(of, k) * share**k * (1 - share) ** (of - k) for k in counts)
+
+    found = clopper_pearson(count, of)
     assert found.value == count / of
-    np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high], atol=1e-9)
+    assert (found.low == 0) == (count == 0) and (found.high == 1) == (count == of)
+    if count > 0:
+        assert chance(found.low, range(count, of + 1)) == pytest.approx(0.025, abs=1e-9)
+    if count < of:
+        assert chance(found.high, range(count + 1)) == pytest.approx(0.025, abs=1e-9)
 
 
 def test_shares_by_hand() -> None:

@@ -111,7 +111,15 @@ def test_an_interrupt_leaves_the_blocks_before_it(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     "words",
-    [["--rounds=0"], ["--frames=5", "--block=6"], ["--threads=-1"], ["--windows=3"], ["--exports=onnx"], ["--long=x"]],
+    [
+        ["--rounds=0"],
+        ["--frames=5", "--block=6"],
+        ["--threads=-1"],
+        ["--windows=3"],
+        ["--exports=onnx"],
+        ["--long=x"],
+        ["--exports", "onnx:fp32", "--device=cuda"],
+    ],
 )
 def test_sizes_that_cannot_be(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from measuring import Parser, exit_code, machine, machine_lines, progress, write_json, write_picture, write_text
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from videogru import runs
 from videogru.config import SPLITS
@@ -70,30 +71,10 @@ class Risk:
     accuracy: float
 
 
-def clopper_pearson(count: int, of: int, level: float = 0.95) -> Interval:
-    """The exact interval of a share: where no smaller and no larger tail of the binomial is below (1 - level) / 2."""
-
-    def tail(share: float, upper: bool) -> float:
-        """Of `count` and more (upper) or less successes."""
-        if share in (0.0, 1.0):
-            return float((share == 1.0) == upper or (count == 0 if upper else count == of))
-        kept = range(count, of + 1) if upper else range(count + 1)
-        logs = (
-            math.lgamma(of + 1) - math.lgamma(k + 1) - math.lgamma(of - k + 1)
-            + k * math.log(share) + (of - k) * math.log1p(-share)
-            for k in kept
-        )  # fmt: skip
-        return math.fsum(map(math.exp, logs))
-
-    def where(upper: bool) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            rises = tail(middle, upper) < (1 - level) / 2
-            low, high = (middle, high) if rises == upper else (low, middle)
-        return (low + high) / 2
-
-    return Interval(count / of, 0.0 if count == 0 else where(True), 1.0 if count == of else where(False))
+def clopper_pearson(count: int, of: int) -> Interval:
+    """A share with its exact 95 % interval."""
+    found = binomtest(count, of).proportion_ci(confidence_level=0.95, method="exact")
+    return Interval(count / of, float(found.low), float(found.high))
 
 
 def read(

@@ -124,13 +124,13 @@ def made(options: Any, size: int, temporal: str) -> tuple[Classifier, ModelCard]
     return classifier, make_card(classifier, kind="video", classes=names, data=data)
 
 
-def noise(size: int) -> SequenceBatch:
-    """Clips of smooth noise, uint8."""
+def noise(size: int, *, channels: int = 3, frames: int = FRAMES) -> SequenceBatch:
+    """Clips of smooth noise, uint8, 1 / STREAM_FPS seconds between frames."""
     draw = np.random.default_rng(0)
-    coarse = torch.from_numpy(draw.integers(0, 256, (CALIBRATION * FRAMES, 3, 8, 8)).astype(np.float32))
-    frames = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear").round().byte()
-    lengths = torch.full((CALIBRATION,), FRAMES)
-    return SequenceBatch(frames.unflatten(0, (CALIBRATION, FRAMES)), lengths, torch.arange(CALIBRATION))
+    coarse = torch.from_numpy(draw.integers(0, 256, (CALIBRATION * frames, channels, 8, 8)).astype(np.float32))
+    pictures = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear").round().byte()
+    lengths, gaps = torch.full((CALIBRATION,), frames), torch.full((CALIBRATION, frames), 1 / STREAM_FPS)
+    return SequenceBatch(pictures.unflatten(0, (CALIBRATION, frames)), lengths, torch.arange(CALIBRATION), gaps=gaps)
 
 
 def difference(folder: Path, classifier: Classifier, clips: Sequence[SequenceBatch]) -> float:

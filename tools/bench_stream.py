@@ -283,6 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exports = [tuple(word.split(":")) for word in options.exports]
     if not all(len(pair) == 2 and pair[0] in FORMATS and pair[1] in PRECISIONS for pair in exports):
         parser.error(f"--exports wants FORMAT:PRECISION of {', '.join(FORMATS)} and {', '.join(PRECISIONS)}")
+    if exports and options.device != "cpu":
+        parser.error("--exports run on the CPU here: leave --device out")
     if options.long not in (STEP, *(f"{form} {precision} {STEP}" for form, precision in exports)):
         parser.error("--long wants step, or 'FORMAT PRECISION step' of one of --exports")
     if options.threads:

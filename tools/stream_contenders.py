@@ -1,10 +1,11 @@
 """Who takes part in the benchmark of streams: ways to answer after each new frame, on one model."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_export import STREAM_FPS, noise
 from torch import Tensor
 from torchvision.models.video import r3d_18
 
@@ -14,15 +15,13 @@ from videogru.deploy.export import check_wanted
 from videogru.exported.run import open_exported
 from videogru.modelfile import ModelCard, make_card
 from videogru.models.classifier import Classifier
-from videogru.sequence import SequenceBatch
 
 Reader = Callable[[Tensor], Tensor]
 
 STEP, WINDOW, KEPT, CLIP_MODEL = "step", "window", "kept maps", "r3d_18"
 CLASSES = 10
 POOL = 64  # different frames, which come round again
-GAP_SECONDS = 0.04
-_CALIBRATION_CLIPS = 8
+GAP_SECONDS = 1 / STREAM_FPS
 
 
 def build(encoder: str, hidden_size: int, num_layers: int, frame_size: int) -> Classifier:
@@ -101,7 +100,7 @@ def export_readers(
     check_wanted(classifier, format=form, precision=precision, step=True)
     check_wanted(classifier, format=form, precision=precision, step=False)
     card = card if card is not None else card_of(classifier, window)
-    clips = calibration_clips(classifier, window)
+    clips = [noise(classifier.frame_size, channels=classifier.in_channels, frames=window)]
     opened = {}
     for step in (True, False):
         folder = place / f"{form}-{precision}{'-step' * step}"
@@ -130,15 +129,3 @@ def card_of(classifier: Classifier, window: int) -> ModelCard:
     """Of a model that was never trained."""
     data = DataConfig(dataset="noise", frame_size=classifier.frame_size, num_frames=window).for_kind("video")
     return make_card(classifier, kind="video", classes=tuple(map(str, range(CLASSES))), data=data)
-
-
-def calibration_clips(classifier: Classifier, window: int) -> Sequence[SequenceBatch]:
-    """Smooth noise, to calibrate int8 with: its speed does not depend on what the frames show."""
-    generator, size = torch.Generator().manual_seed(2), classifier.frame_size
-    shape = (_CALIBRATION_CLIPS * window, classifier.in_channels, 8, 8)
-    coarse = torch.randint(0, 256, shape, generator=generator).float()
-    frames = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear").round().byte()
-    lengths = torch.full((_CALIBRATION_CLIPS,), window)
-    gaps = torch.full((_CALIBRATION_CLIPS, window), GAP_SECONDS)
-    clips = frames.unflatten(0, (_CALIBRATION_CLIPS, window))
-    return [SequenceBatch(clips, lengths, torch.arange(_CALIBRATION_CLIPS), gaps=gaps)]

@@ -129,16 +129,14 @@ def check_exits(card: ModelCard, corpus: Corpus, split: Split) -> None:
         )
 
 
-@torch.inference_mode()
 def stepwise(predictor: Predictor, batch: SequenceBatch) -> list[Float64[np.ndarray, "T K"]]:
     """Probabilities after each frame of each video of a batch, as `stream` gives them."""
     assert batch.gaps is not None, "loaded clips have gaps"
-    frames, gaps = batch.frames.to(predictor.device), batch.gaps.to(predictor.device)
-    state, said = predictor.classifier.initial_state(len(batch)), []
-    for step in range(frames.shape[1]):
-        logits, state = predictor.classifier.step(frames[:, step], state, gaps[:, step])
-        said.append(logits.double().softmax(1))
-    probabilities = torch.stack(said, dim=1).cpu().numpy()
+    state, said = predictor.initial_state(len(batch)), []
+    for step in range(batch.frames.shape[1]):
+        answer, state = predictor.step(batch.frames[:, step], state, batch.gaps[:, step])
+        said.append(answer)
+    probabilities = torch.stack(said, dim=1).numpy()
     return [rows[:length] for rows, length in zip(probabilities, batch.lengths.tolist(), strict=True)]
 
 
