@@ -258,6 +258,7 @@ def test_attention_stays_float32_in_a_model_under_autocast():
 
 # torch warns so about every nn.GRU it exports.
 @pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")
+@pytest.mark.slow
 def test_a_model_with_attention_exports_with_a_free_batch_size():
     model = make_learned(local_attention=3, pooling="multihead").eval()
     batch = torch.export.Dim.DYNAMIC

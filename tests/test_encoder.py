@@ -42,7 +42,7 @@ def make(encoder: str = "small", in_channels: int = 3, frame_size: int = 32, **s
         ("mobilenet_v3_large", 112, 960, 4),
     ],
 )
-@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize("in_channels", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_maps_have_the_size_that_was_told(encoder, frame_size, channels, side, in_channels):
     built = make(encoder, in_channels, frame_size)
     assert built.training

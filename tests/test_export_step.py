@@ -72,7 +72,10 @@ def wanted(model: Classifier) -> np.ndarray:
         ("onnx", {"cell": "gru", "num_layers": 2}),
         ("openvino", {"cell": "lstm", "pooling": "attention"}),
         ("pt2", {"cell": "mingru", "pooling": "max"}),
-        ("onnx", {"cell": "gru", "use_gaps": True, "frame_differences": "past", "pooling": "last"}),
+        pytest.param(
+            *("onnx", {"cell": "gru", "use_gaps": True, "frame_differences": "past", "pooling": "last"}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_frame_by_frame_is_the_whole_clip(tmp_path: Path, form: str, settings: dict[str, object]) -> None:
@@ -99,7 +102,7 @@ def test_streams_in_a_batch_and_states_by_name(tmp_path: Path) -> None:
             np.testing.assert_allclose(states[name], tensor.numpy(), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("form", "cell"), [("onnx", "gru"), ("openvino", "lstm")])
+@pytest.mark.parametrize(("form", "cell"), [pytest.param("onnx", "gru", marks=pytest.mark.slow), ("openvino", "lstm")])
 def test_int8_in_a_fresh_process(tmp_path: Path, form: str, cell: str) -> None:
     model, batch = a_model(cell=cell), clips()
     folder = made(model, tmp_path / "made", form, "int8")

@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
+from thinning import thinned
 
 from videogru.config import Config
 from videogru.data.layouts import Corpus
@@ -122,15 +123,18 @@ class StopAt:
 
 
 # 40 training rows in batches of 8: five steps an epoch.
-@pytest.mark.parametrize("step", [1, 3, 5, 7, 10])
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"train__ema_decay": 0.9},
-        {"train__keep": "last"},
-        {"train__optimizer": "muon", "model__encoder": "conv2", "data__augment__cutmix": 0.5},
-    ],
+    ("step", "changes"),
+    thinned(
+        [1, 3, 5, 7, 10],
+        [
+            {},
+            {"train__ema_decay": 0.9},
+            {"train__keep": "last"},
+            {"train__optimizer": "muon", "model__encoder": "conv2", "data__augment__cutmix": 0.5},
+        ],
+        every=3,
+    ),
 )
 def test_an_interrupted_run_ends_with_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, changes: dict

@@ -60,6 +60,7 @@ def test_infer_goes_on_after_hostile_files(there: Path, tmp_path: Path) -> None:
     assert len({record["confidence"] for record in records if record["error"] is None}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hostile")
 def test_training_and_evaluation_go_on_after_hostile_files(there: Path, tmp_path: Path) -> None:
     """With the weights of a training in which the same files cannot be opened."""

@@ -120,6 +120,7 @@ def test_sizes():
 
 # torch warns so about every nn.GRU it exports.
 @pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")
+@pytest.mark.slow
 def test_exports_with_a_free_batch_size():
     model = make(lookahead=2).eval()
     nn.init.normal_(model.lookahead.weight)

@@ -57,7 +57,9 @@ def restated(layer: nn.GRU | nn.LSTM, steps: NDArray[np.float32], suffix: str = 
     return np.stack(states, axis=1)
 
 
-@pytest.mark.parametrize(("kind", "bidirectional"), [(nn.GRU, False), (nn.LSTM, False), (nn.GRU, True)])
+@pytest.mark.parametrize(
+    ("kind", "bidirectional"), [pytest.param(nn.GRU, False, marks=pytest.mark.slow), (nn.LSTM, False), (nn.GRU, True)]
+)
 def test_the_int8_layer_is_its_restatement(kind: type, bidirectional: bool) -> None:
     torch.manual_seed(0)
     layer = kind(D, H, batch_first=True, bidirectional=bidirectional).eval()

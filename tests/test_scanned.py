@@ -9,7 +9,7 @@ from videogru.models.classifier import Classifier
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm", "mingru", "hypergru", "convgru"])
-@pytest.mark.parametrize("temporal", ["bi", "causal"])
+@pytest.mark.parametrize("temporal", ["bi", pytest.param("causal", marks=pytest.mark.slow)])
 def test_a_scan_is_the_cell(cell: str, temporal: str) -> None:
     torch.manual_seed(0)
     model = Classifier(

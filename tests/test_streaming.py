@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from thinning import thinned
 from torch import nn
 
 from videogru.config import ModelConfig
@@ -74,16 +75,16 @@ def assert_streams_as_it_reads(model: Classifier, frames: int = FRAMES) -> None:
     assert float((theirs[:, 1:] - theirs[:, :-1]).abs().amax(-1).min()) > 1e-4
 
 
-@pytest.mark.parametrize("seq", ["frames", "rows", "cols", "grid"])
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("pooling", ["mean", "multihead"])
+@pytest.mark.parametrize(
+    ("seq", "cell", "pooling"), thinned(["frames", "rows", "cols", "grid"], CELLS, ["mean", "multihead"], every=3)
+)
 def test_every_serialization_and_cell(seq, cell, pooling):
     assert_streams_as_it_reads(make(seq=seq, cell=cell, pooling=pooling, num_layers=2))
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("layer_norm", [True, False])
-@pytest.mark.parametrize("cell", ["gru", "lstm", "convgru"])
+@pytest.mark.parametrize(
+    ("pooling", "layer_norm", "cell"), thinned(POOLINGS, [True, False], ["gru", "lstm", "convgru"], every=7)
+)
 def test_every_pooling(pooling, layer_norm, cell):
     if pooling == "max":
         # A step that is not above those before it changes nothing.
@@ -149,20 +150,22 @@ LONG = {"encoder": "pixels", "frame_differences": "past", "num_layers": 2}
     ],
     ids=lambda settings: settings["cell"],
 )
-def test_a_thousand_steps_in_float64(settings):
+@pytest.mark.parametrize("frames", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_steps_in_float64(frames, settings):
     model = make(torch.float64, **LONG, **settings)
-    clips, gaps = make_clips(1000, torch.float64), make_gaps(1000) if "use_gaps" in settings else None
+    clips, gaps = make_clips(frames, torch.float64), make_gaps(frames) if "use_gaps" in settings else None
     said = stream(model, clips, gaps)
-    for t in (1, 2, 10, 500, 999, 1000):
+    for t in (1, 2, 10, frames // 2, frames - 1, frames):
         with torch.no_grad():
             whole = model(clips[:, :t], torch.full((STREAMS,), t), None if gaps is None else gaps[:, :t])
         torch.testing.assert_close(said[:, t - 1], whole, rtol=0, atol=1e-10)
 
 
-def test_a_mean_of_a_twenty_thousand_steps_loses_no_digits():
+@pytest.mark.parametrize("steps", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_a_mean_of_many_steps_loses_no_digits(steps):
     generator = torch.Generator().manual_seed(0)
-    values = torch.rand(1, 20_000, 1, 4, generator=generator) + 3
-    scores = torch.randn(1, 20_000, 1, generator=generator)
+    values = torch.rand(1, steps, 1, 4, generator=generator) + 3
+    scores = torch.randn(1, steps, 1, generator=generator)
     for given in (torch.zeros_like(scores), scores):
         state = {name: torch.full((1, *slot.shape), slot.fill) for name, slot in RunningMean.slots(1, 4).items()}
         there = torch.ones(1, 1, dtype=torch.bool)
@@ -301,6 +304,7 @@ class OneStep(nn.Module):
 
 # torch warns so about every nn.GRU it exports.
 @pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")
+@pytest.mark.slow
 def test_a_step_exports_with_a_free_number_of_streams():
     model = make(pooling="attention", local_attention=2, lookahead=2, frame_differences="past")
     state, frame = model.initial_state(STREAMS), torch.rand(STREAMS, 1, 16, 16)
