@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not slow' -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, and where the real data lie."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,12 +12,20 @@ import torch
 from command_line import KINDS, QUICK, videogru
 
 torch.set_num_threads(1)
+# Millions of objects of libraries and tests, which live as long as the process: not searched for garbage, as they come
+# or ever after.
+gc.disable()
 # The first gradient starts autograd's threads, one per device; an export registers devices that are none, and with
 # their threads running a forked child can take no gradient. So the first one is now.
 torch.ones(1, requires_grad=True).sum().backward()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -251,6 +251,7 @@ def test_from_models_to_pages(place: Path) -> None:
         assert hits["within superclass"][row] == (max(family, key=lambda k: clean[row, k]) == label)
 
 
+@pytest.mark.slow
 def test_answers_are_kept_for_the_same_weights_and_damage(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert robustness.main(called(place)) == 0
     asked = []

@@ -89,6 +89,7 @@ def test_checkpointing_is_what_the_case_says() -> None:
     assert (on.encoder.checkpointing, on.recurrent.checkpoint_steps) == (True, 7)
 
 
+@pytest.mark.slow
 @LINUX
 def test_bench_length_writes_its_three_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--what=lengths", "--lengths=16", "--cells=mingru", "--checkpointing=on", "--batch-size=2"]

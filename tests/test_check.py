@@ -298,6 +298,7 @@ def test_a_decoder_that_hangs_or_crashes_costs_one_file(place: Path, monkeypatch
     assert check("clips/").code == 0
 
 
+@pytest.mark.slow
 def test_two_checks_do_not_write_into_one_folder(tmp_path: Path) -> None:
     first = Journal(tmp_path, {"root": "x"})
     with pytest.raises(DataError, match="another check"):

@@ -191,6 +191,7 @@ def test_file_names_that_are_no_text(there: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_array_row_and_its_nifti_file_are_one_source(there: Path, tmp_path: Path) -> None:
     """A bundled volume, saved as NIfTI, gets the probabilities that evaluation wrote for it."""
     run = tmp_path / "run"

@@ -73,7 +73,7 @@ def piped(stdin: bytes, *arguments: object) -> SimpleNamespace:
         return videogru("stream", "-", *arguments)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_ends_it_with_all_written(model: Path, tmp_path: Path, stop: signal.Signals) -> None:
     out, frame = tmp_path / "answers.jsonl", os.urandom(32 * 24 * 3)
     command = [sys.executable, "-m", "videogru", "stream", "-", "--model", str(model), "--size", "32x24", "--fps", "25"]

@@ -288,6 +288,7 @@ def test_what_needs_pytorch_says_so(onnx_folder: Path, tmp_path: Path) -> None:
     assert "PyTorch" in again.err
 
 
+@pytest.mark.slow
 def test_bench_measures_each_in_its_own_process(run: Path, onnx_folder: Path, tmp_path: Path) -> None:
     done = videogru(
         *("bench", run, onnx_folder, "--rounds", "2", "--batch-size", "2", "--split", "val", "--out", tmp_path)

@@ -70,7 +70,7 @@ def wanted(model: Classifier) -> np.ndarray:
     ("form", "settings"),
     [
         ("onnx", {"cell": "gru", "num_layers": 2}),
-        ("openvino", {"cell": "lstm", "pooling": "attention"}),
+        pytest.param("openvino", {"cell": "lstm", "pooling": "attention"}, marks=pytest.mark.slow),
         ("pt2", {"cell": "mingru", "pooling": "max"}),
         pytest.param(
             *("onnx", {"cell": "gru", "use_gaps": True, "frame_differences": "past", "pooling": "last"}),
@@ -125,7 +125,7 @@ def test_a_model_that_reads_ahead_has_no_step(tmp_path: Path) -> None:
         export.check_wanted(model, format="onnx", precision="fp32", step=True)
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("form", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_a_stream_runs_on_the_graph_of_a_step(shared_data: Path, tmp_path: Path, form: str) -> None:
     path = write_stream_model(tmp_path / "model.safetensors", use_gaps=True, num_layers=2, data={"sampling": "dense"})
     classifier, card = read_model(path)
@@ -150,6 +150,7 @@ def test_a_stream_runs_on_the_graph_of_a_step(shared_data: Path, tmp_path: Path,
         check_calibrated(folder)
 
 
+@pytest.mark.slow
 def test_an_export_of_whole_clips_follows_no_stream(tmp_path: Path) -> None:
     classifier, card = read_model(write_stream_model(tmp_path / "model.safetensors"))
     folder = tmp_path / "whole"

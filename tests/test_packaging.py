@@ -54,6 +54,7 @@ def test_lists_its_cards(installed: Path, tmp_path: Path) -> None:
         assert name in listed
 
 
+@pytest.mark.slow
 def test_trains_on_a_bundled_set(installed: Path, tmp_path: Path) -> None:
     videogru(
         installed,

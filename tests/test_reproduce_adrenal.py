@@ -81,6 +81,7 @@ def test_peers_read_what_our_run_of_the_same_seed_read(tmp_path: Path):
     assert command[2] == str(tmp_path / "28-plain-seed1") and command[-4:-2] == ["--net", "r3d_18"]
 
 
+@pytest.mark.slow
 def test_trained_measured_and_shown(
     tmp_path: Path, small_set: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

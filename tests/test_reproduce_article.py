@@ -124,6 +124,7 @@ def when(mark: Path, number: int) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on(
     tool: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

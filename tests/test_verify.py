@@ -53,6 +53,7 @@ def made(model: Path, folder: Path, precision: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_fault_is_found_where_it_is(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mean of 0.45 in place of 0.4 in the program of torch.export alone."""
     honest = graph.to_pt2
@@ -122,6 +123,7 @@ def test_an_export_is_replayed_as_it_is(model: Path, folder: Path, tmp_path: Pat
     assert planted.code == 4 and "): FAILED, logits differ by 0.0" in planted.out
 
 
+@pytest.mark.slow
 def test_int8_is_compared_with_itself(model: Path, tmp_path: Path) -> None:
     folder = made(model, tmp_path, "int8")
     sound = videogru("model", "verify", folder)

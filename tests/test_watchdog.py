@@ -309,7 +309,9 @@ def a_parent(told: Connection) -> None:
     time.sleep(1000)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGKILL))]
+)
 def test_workers_go_with_their_parent(number: int) -> None:
     ours, theirs = multiprocessing.Pipe(duplex=False)
     parent = multiprocessing.get_context("fork").Process(target=a_parent, args=(theirs,))

@@ -40,6 +40,7 @@ def check_data(
     settings = _settings(name, data_dir, assignments)
     opened = open_for_check(settings.data, seed=settings.data.split_seed)
     corpus = opened.corpus
+    settings.data.check_read(corpus.kind)
     data = settings.data.for_kind(corpus.kind)
     if corpus.kind == "video":
         check_decoder(data.decoder)
@@ -225,7 +226,9 @@ def source_info(path: Path, assignments: list[str], out: Path | None) -> tuple[d
     out: default scan-info/<name>.png here. Raises SourceError where the file cannot be read.
     """
     kind = kind_of_source(path) or "video"  # a file that is not there; its reader says so
-    data = resolve_config(("--set", parse_assignments(assignments))).data.for_kind(kind)
+    asked = resolve_config(("--set", parse_assignments(assignments))).data
+    asked.check_read(kind)
+    data = asked.for_kind(kind)
     # A folder may be typed as "."; a link goes by its own name.
     sheet = out or Path("scan-info") / f"{(path.resolve() if path.is_dir() else path).name}.png"
     # All planes come from one reading; the axis that a model would see is chosen from its spacing.

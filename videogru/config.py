@@ -3,6 +3,7 @@
 Precedence: these defaults < recipe configs/NAME.yaml < --config FILE < flags < --set model.hidden_size=256.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -67,6 +68,17 @@ class AugmentConfig(Settings):
     cutmix: Fraction = Field(
         0.0, description="probability of a box from another clip of the batch, with its share of the label"
     )
+
+
+# Settings by the kinds of source that read them; those that for_kind knows are checked there.
+_READ_BY: dict[tuple[Kind, ...], tuple[str, ...]] = {
+    ("volume",): (
+        *("axis", "intensity", "percentile_low", "percentile_high", "window_low", "window_high", "zscore_range"),
+        *("augment.flip_axes", "augment.bias_field", "augment.gamma"),
+    ),
+    ("video",): ("decoder", "folder_fps", "stride_seconds"),
+    ("video", "volume"): ("num_frames", "augment.drop_steps"),
+}
 
 
 class DataConfig(Settings):
@@ -189,6 +201,23 @@ class DataConfig(Settings):
         if self.channels is not None and self.channels not in allowed:
             raise ValueError(f"data.channels = {self.channels} must be {' or '.join(map(str, allowed))}")
         return self
+
+    def check_read(self, kind: Kind, given: Collection[str] | None = None) -> None:
+        """Raise ConfigError where a setting that a `kind` never reads is not at its default.
+
+        given: dotted keys, as `data.axis`; others are not looked at. Default: all.
+        """
+        for owner, keys in _READ_BY.items():
+            for key in keys if kind not in owner else ():
+                section, _, name = key.rpartition(".")
+                settings: Settings = getattr(self, section) if section else self
+                default = type(settings).model_fields[name].default
+                # A still is one step: what a run of stills says of itself.
+                usual = (default, 1) if key == "num_frames" else (default,)
+                if getattr(settings, name) not in usual and (given is None or f"data.{key}" in given):
+                    wanted = " and ".join(f"{one}s" for one in owner)
+                    hint = f"Leave it at its default, {default}."
+                    raise ConfigError(f"data.{key} is for {wanted}, not for {kind}s", hint=hint)
 
     def for_kind(self, kind: Kind) -> "DataConfig":
         """The same with the defaults that depend on the kind of source filled in.

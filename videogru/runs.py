@@ -150,6 +150,7 @@ def _silent(text: str) -> None:
 def _prepared(config: Config, group: Group) -> tuple[Config, Corpus]:
     """The settings with what data and processes decide, and the data; refuses what does not fit together."""
     corpus = open_corpus(config.data, seed=config.data.split_seed)
+    config.data.check_read(corpus.kind)
     processes = {"devices": group.local_world, "nodes": group.nodes}
     train = config.train.model_copy(update=processes)
     config = config.model_copy(update={"data": config.data.for_kind(corpus.kind), "train": train})
@@ -404,4 +405,5 @@ def describe(name: str, data_dir: Path | None, assignments: list[str]) -> dict[s
     flags = {"data.dataset": name, "data.data_dir": None if data_dir is None else str(data_dir)}
     settings = settings_for_training(None, flags, parse_assignments(assignments))
     corpus = open_corpus(settings.data, seed=settings.data.split_seed)
+    settings.data.check_read(corpus.kind)
     return describe_corpus(corpus, data=settings.data.for_kind(corpus.kind))

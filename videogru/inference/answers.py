@@ -175,7 +175,9 @@ def data_settings(card: ModelCard, settings: Mapping[str, Any]) -> DataConfig:
             raise ConfigError(f"{key} = {settings[key]!r}, but the model was trained with {value}")
     # Which series was read for training says nothing about other folders.
     own = {f"data.{key}": value for key, value in card.data.model_dump(mode="json").items() if key != "series"}
-    return resolve_config(("model file", own), ("--set", settings)).data
+    data = resolve_config(("model file", own), ("--set", settings)).data
+    data.check_read(card.kind, settings)
+    return data
 
 
 def to_records(predictions: Predictions, *, top_k: int) -> list[dict[str, Any]]:
