@@ -110,3 +110,23 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
 def test_numbers_out_of_reason_are_refused(assignment: str) -> None:
     with pytest.raises(ConfigError):
         resolve_config(("--set", parse_assignments([assignment])))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("video", {"data.axis": "coronal"}, "data.axis is for volumes, not for videos"),
+        ("image", {"data.intensity": "zscore"}, "data.intensity is for volumes, not for images"),
+        ("volume", {"data.decoder": "pyav"}, "data.decoder is for videos, not for volumes"),
+        ("image", {"data.augment.drop_steps": 0.2}, "drop_steps is for videos and volumes, not for images"),
+        ("video", {"data.augment.gamma": 0.3}, "data.augment.gamma is for volumes"),
+    ],
+)
+def test_what_a_kind_never_reads_is_refused(kind, settings, words):
+    data = resolve_config(("--set", settings)).data
+    with pytest.raises(ConfigError, match=words):
+        data.check_read(kind)
+    with pytest.raises(ConfigError, match=words):
+        data.check_read(kind, settings)
+    data.check_read(kind, ["data.frame_size"])  # what the model file says may stay
+    DataConfig().check_read(kind)

@@ -77,7 +77,7 @@ _READ_BY: dict[tuple[Kind, ...], tuple[str, ...]] = {
         *("augment.flip_axes", "augment.bias_field", "augment.gamma"),
     ),
     ("video",): ("decoder", "folder_fps", "stride_seconds"),
-    ("video", "volume"): ("num_frames", "augment.drop_steps"),
+    ("video", "volume"): ("augment.drop_steps",),
 }
 
 
@@ -212,9 +212,7 @@ class DataConfig(Settings):
                 section, _, name = key.rpartition(".")
                 settings: Settings = getattr(self, section) if section else self
                 default = type(settings).model_fields[name].default
-                # A still is one step: what a run of stills says of itself.
-                usual = (default, 1) if key == "num_frames" else (default,)
-                if getattr(settings, name) not in usual and (given is None or f"data.{key}" in given):
+                if getattr(settings, name) != default and (given is None or f"data.{key}" in given):
                     wanted = " and ".join(f"{one}s" for one in owner)
                     hint = f"Leave it at its default, {default}."
                     raise ConfigError(f"data.{key} is for {wanted}, not for {kind}s", hint=hint)
