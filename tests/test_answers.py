@@ -58,7 +58,9 @@ def test_globs_files_and_repeats(folder: Path) -> None:
 
 def test_what_the_model_was_built_for_stays() -> None:
     """A slab of three and three times the same slice are both three channels."""
-    card = ModelCard.model_construct(data=DataConfig(slab=3, channels=3, series="7"), frame_size=112, in_channels=3)
+    card = ModelCard.model_construct(
+        kind="volume", data=DataConfig(slab=3, channels=3, series="7"), frame_size=112, in_channels=3
+    )
     told = answers.data_settings(card, {"data.slab": 3, "data.axis": "coronal"})
     assert (told.slab, told.axis, told.series) == (3, "coronal", None)
     for key, value in (("data.slab", 1), ("data.channels", 1), ("data.frame_size", 64)):
