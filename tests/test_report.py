@@ -87,7 +87,7 @@ def write(
     return html, Page(html)
 
 
-@pytest.mark.parametrize("num_classes", [2, 30])
+@pytest.mark.parametrize("num_classes", [2, pytest.param(10, marks=pytest.mark.slow), 30])
 def test_the_page_stands_alone(tmp_path: Path, num_classes: int) -> None:
     html, page = write(tmp_path, make(120, num_classes, failed=3))
     for tag, attributes in page.tags:
