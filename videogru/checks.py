@@ -223,7 +223,8 @@ def is_source(name: str) -> bool:
 def source_info(path: Path, assignments: list[str], out: Path | None) -> tuple[dict[str, object], Path | None]:
     """What `videogru data info FILE` shows, and the picture it writes (None: an image is one itself).
 
-    out: default scan-info/<name>.png here. Raises SourceError where the file cannot be read.
+    out: default scan-info/<name>.png here. Raises SourceError where the file cannot be read, ConfigError where a
+    setting is for another kind.
     """
     kind = kind_of_source(path) or "video"  # a file that is not there; its reader says so
     asked = resolve_config(("--set", parse_assignments(assignments))).data
