@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, and where the real data lie."""
 
 import gc
+import importlib
 import os
 from pathlib import Path
 
@@ -9,7 +10,23 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
-from command_line import KINDS, QUICK, videogru
+
+# jaxtyping's hook has its own bytecode files, also of what a module of videogru is first to import: compiled anew for
+# every run, unless it is there already.
+for library in (
+    "torchvision",
+    "pytorch_lightning",
+    "sklearn.metrics",
+    "matplotlib.pyplot",
+    "onnxruntime",
+    "onnxscript",
+    "beartype.door",
+    "pydantic",
+    "typer",
+):
+    importlib.import_module(library)
+
+from command_line import KINDS, QUICK, videogru  # noqa: E402
 
 torch.set_num_threads(1)
 # Millions of objects of libraries and tests, which live as long as the process: not searched for garbage, as they come

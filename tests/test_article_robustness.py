@@ -213,6 +213,7 @@ def called(place: Path) -> list[str]:
     return ["--work", str(place / "work"), "--data-dir", str(place / "data"), "--out", str(place / "out")]
 
 
+@pytest.mark.slow
 def test_from_models_to_pages(place: Path) -> None:
     assert robustness.main(called(place)) == 0
     table = json.loads((place / "out/robustness.json").read_text())

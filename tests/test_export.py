@@ -168,7 +168,8 @@ def test_the_example_runs_where_torch_is_not(
     assert float(probability) == pytest.approx(float(wanted.confidence[0]), abs=2e-3)
 
 
-def test_a_wrong_mean_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", [pytest.param("onnx", marks=pytest.mark.slow), "pt2"])
+def test_a_wrong_mean_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     honest = graph.scanned
 
     def planted(classifier, **how):
@@ -177,12 +178,13 @@ def test_a_wrong_mean_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.
         return copy
 
     monkeypatch.setattr(graph, "scanned", planted)
-    done = videogru("export", run, "--format", "onnx", "--out", tmp_path / "wrong")
+    done = videogru("export", run, "--format", form, "--out", tmp_path / "wrong")
     assert done.code == 4
     assert "refused" in done.err and "Nothing was written" in done.err
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_frozen_shapes_are_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = graph._traced_with
     monkeypatch.setattr(graph, "_traced_with", lambda *given: (honest(*given)[0], {}))

@@ -49,7 +49,7 @@ def checked(tmp_path: Path, form: str, precision: str, **settings: object) -> tu
 @pytest.mark.parametrize(
     ("form", "precision", "settings"),
     [
-        ("openvino", "int8", {"cell": "lstm", "pooling": "attention"}),
+        pytest.param("openvino", "int8", {"cell": "lstm", "pooling": "attention"}, marks=pytest.mark.slow),
         ("onnx", "fp32", {"temporal": "causal", "num_layers": 2, "lookahead": 2}),
         pytest.param("onnx", "int8", {"cell": "mingru", "seq": "rows", "use_gaps": True}, marks=pytest.mark.slow),
         pytest.param("onnx", "int8", {"temporal": "causal", "cell": "lstm", "num_layers": 2}, marks=pytest.mark.slow),

@@ -69,7 +69,7 @@ def wanted(model: Classifier) -> np.ndarray:
 @pytest.mark.parametrize(
     ("form", "settings"),
     [
-        ("onnx", {"cell": "gru", "num_layers": 2}),
+        pytest.param("onnx", {"cell": "gru", "num_layers": 2}, marks=pytest.mark.slow),
         pytest.param("openvino", {"cell": "lstm", "pooling": "attention"}, marks=pytest.mark.slow),
         ("pt2", {"cell": "mingru", "pooling": "max"}),
         pytest.param(
@@ -85,6 +85,7 @@ def test_frame_by_frame_is_the_whole_clip(tmp_path: Path, form: str, settings: d
     np.testing.assert_allclose(said, wanted(model), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_streams_in_a_batch_and_states_by_name(tmp_path: Path) -> None:
     model, batch = a_model(), clips()
     exported = open_exported(made(model, tmp_path / "made", "onnx", "fp32"))
@@ -102,7 +103,8 @@ def test_streams_in_a_batch_and_states_by_name(tmp_path: Path) -> None:
             np.testing.assert_allclose(states[name], tensor.numpy(), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("form", "cell"), [pytest.param("onnx", "gru", marks=pytest.mark.slow), ("openvino", "lstm")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "cell"), [("onnx", "gru"), ("openvino", "lstm")])
 def test_int8_in_a_fresh_process(tmp_path: Path, form: str, cell: str) -> None:
     model, batch = a_model(cell=cell), clips()
     folder = made(model, tmp_path / "made", form, "int8")

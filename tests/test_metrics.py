@@ -184,6 +184,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         ours.roc_points(np.array([0.5, 0.6]), np.array([True, True]))
 
 
+@pytest.mark.slow
 def test_ten_thousand_samples_of_a_hundred_classes_are_quick() -> None:
     probabilities, labels = draw(10_000, 100)
     start = time.process_time()

@@ -93,6 +93,7 @@ def test_what_is_not_here_is_told_and_refused_where_it_was_asked_for(
         assert asked.code == 2 and reason in asked.err
 
 
+@pytest.mark.slow
 def test_an_export_is_replayed_as_it_is(model: Path, folder: Path, tmp_path: Path) -> None:
     """Its answers, by hand: the softmax of what PyTorch says."""
     classifier, card = read_model(model)
