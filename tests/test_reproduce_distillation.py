@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 import distillation_table
 import reproduce_distillation
 from article import flat_settings
-from reproduce_distillation import ROWS, TASKS, run_folder, wanted_config
+from distillation_rows import ROWS, TASKS, run_folder, wanted_config
 
 from videogru.inference.predictions import Predictions
 from videogru.modelfile import MODEL_FILE_NAME, make_card, write_model

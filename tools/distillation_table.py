@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from article import HOLDS, INTERVALS, interval, points, samples, verdict
+from distillation_rows import ROWS, TASKS, run_folder
 from measuring import machine, machine_sentence, median_range, write_json, write_text
 from numpy.typing import NDArray
-from reproduce_distillation import ROWS, TASKS, run_folder
 
 from videogru.errors import DataError
 from videogru.inference.predictions import read_csv
