@@ -30,7 +30,10 @@ def test_clips_are_stretched_to_equal_lengths_by_the_nearest_in_time() -> None:
     net.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     frames = torch.arange(2 * 6, dtype=torch.float32).view(2, 6, 1, 1, 1).expand(-1, -1, 1, 16, 16) / 100
     with torch.inference_mode():
-        assert net.eval()(frames, torch.tensor([6, 2])).shape == (2, 2)
+        logits = net.eval()(frames, torch.tensor([6, 2]))
+        # What a training reads, and the table does not.
+        assert torch.equal(net.logits_of(*net.features(frames, torch.tensor([6, 2]))), logits)
+    assert logits.shape == (2, 2)
     steps = (seen[0][:, :, :, 0, 0] * 100).round().int()  # (B C T)
     assert steps.shape == (2, 3, 4)
     # centers of four parts of 6 frames: 0.75, 2.25, 3.75, 5.25; of 2 frames: 0.25, 0.75, 1.25, 1.75

@@ -97,6 +97,16 @@ class R3D(nn.Module):
         logits: torch.Tensor = self.net(clips)
         return logits.float()
 
+    def features(
+        self, frames: torch.Tensor, lengths: torch.Tensor, gaps: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What training reads in place of states: one step a clip (B 1 K), its logits, and how many steps (B,)."""
+        return self(frames, lengths, gaps).unsqueeze(1), torch.ones_like(lengths)
+
+    def logits_of(self, outputs: torch.Tensor, step_lengths: torch.Tensor) -> torch.Tensor:
+        """The logits (B K) of `features`."""
+        return outputs[:, 0]
+
 
 class Clock(Callback):
     """Stops after the epoch in which this call has used its seconds."""
