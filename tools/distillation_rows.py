@@ -1,18 +1,15 @@
 """The trainings of reproduce_distillation.py: data sets, rows of the table, and the command of each."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training_jobs import train_command
+from training_jobs import VIDEOGRU, train_command
 
 from videogru.config import Config
 from videogru.data.card import load_card
 from videogru.runs import settings_for_training
 from videogru.settings import parse_assignments
-
-VIDEOGRU = (sys.executable, "-m", "videogru")
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from pathlib import Path
 from adrenal_rows import DEFAULT_IS, RECIPES, ROWS, rows_of_size, run_folder
 from article import seeds_of
 from measuring import Parser, exit_code
-from training_jobs import Job, check_settings, run_jobs, train_command
+from training_jobs import VIDEOGRU, Job, check_settings, run_jobs, train_command
 
 from videogru.config import Config
 from videogru.runs import settings_for_training
 from videogru.settings import parse_assignments
 
-VIDEOGRU = (sys.executable, "-m", "videogru")
 PEER = (sys.executable, str(Path(__file__).with_name("train_r3d.py")))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from article import NETS, cifar_folder, run_folder, seeds_of
 from measuring import Parser, exit_code
-from training_jobs import Job, check_settings, locked, run_jobs, train_command
+from training_jobs import VIDEOGRU, Job, check_settings, locked, run_jobs, train_command
 
 from videogru.config import Config
 from videogru.runs import settings_for_training
@@ -33,7 +33,6 @@ BUDGETS: dict[str, dict[str, str]] = {
     "gpu": {"train.epochs": "40"},
 }
 RECIPE = "cifar100-article"
-VIDEOGRU = (sys.executable, "-m", "videogru")
 
 
 def settings(budget: str, net: str) -> dict[str, str]:

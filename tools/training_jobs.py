@@ -22,6 +22,7 @@ from videogru.errors import ConfigError, DataError
 from videogru.runfolder import run_config
 from videogru.training.state import STATE_FILE, stop_signals
 
+VIDEOGRU = (sys.executable, "-m", "videogru")
 STOPPED = (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT)
 
 
