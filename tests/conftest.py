@@ -72,7 +72,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 folder.mkdir(parents=True)
                 for number in range(10):
                     write(folder / f"{number}{suffix}", flag, number + 100 * flag)
-            size = ("--set", "data.frame_size=32", "--set", "data.num_frames=6", "--batch-size", "6")
+            steps = () if kind == "image" else ("--set", "data.num_frames=6")
+            size = ("--set", "data.frame_size=32", *steps, "--batch-size", "6")
             done = videogru("train", "--dataset", f"{kind}s", *QUICK, *size)
             assert done.code == 0, done.err
     return place

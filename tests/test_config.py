@@ -83,7 +83,9 @@ def test_every_key_can_be_set_to_its_default() -> None:
 def test_defaults_by_kind() -> None:
     assert (DataConfig().for_kind("volume").channels, DataConfig().for_kind("volume").fit) == (1, "pad")
     assert (DataConfig().for_kind("video").channels, DataConfig().for_kind("video").fit) == (3, "crop")
-    assert DataConfig().for_kind("image").num_frames == 1
+    assert DataConfig().for_kind("image").for_kind("image").num_frames == 1
+    with pytest.raises(ConfigError, match="data.num_frames is for videos and volumes"):
+        DataConfig(num_frames=8).for_kind("image")
     assert DataConfig(channels=1).for_kind("video").channels == 1
 
 

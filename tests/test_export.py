@@ -16,7 +16,7 @@ import pytest
 import torch
 from command_line import videogru
 
-from videogru import runs
+from videogru.assessing import open_run
 from videogru.data.dataset import ClipDataset
 from videogru.deploy import export, gate, graph
 from videogru.errors import GateRefused, ModelFileError
@@ -145,7 +145,7 @@ def test_the_example_runs_where_torch_is_not(
     request: pytest.FixtureRequest, run: Path, tmp_path: Path, which: str
 ) -> None:
     folder = request.getfixturevalue(f"{which}_folder")
-    model, settings, corpus = runs.open_run(run, dataset=None, data_dir=None)
+    model, settings, corpus = open_run(run, dataset=None, data_dir=None)
     row = int(corpus.manifest.rows("test")[0])
     predictor = Predictor.from_file(model, device="cpu", data=settings.data)
     batch = ClipDataset(corpus, data=predictor.data).__getitems__([(0, row)]).batch
@@ -195,7 +195,7 @@ def test_frozen_shapes_are_refused(run: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_loses_accuracy_is_refused(run: Path) -> None:
-    model, settings, corpus = runs.open_run(run, dataset=None, data_dir=None)
+    model, settings, corpus = open_run(run, dataset=None, data_dir=None)
     classifier, card = read_model(model)
     spoiled, _ = read_model(model)
     with torch.no_grad():

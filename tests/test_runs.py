@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from videogru import runfolder, runs
+from videogru.assessing import with_classes_of
 from videogru.config import Config
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
@@ -60,9 +61,9 @@ def test_a_saved_config_comes_back(tmp_path: Path) -> None:
 def test_labels_follow_the_models_class_order() -> None:
     manifest = build_manifest(Path(), ("b", "c"), ["1", "2", "3"], [0, 1, -1])
     corpus = Corpus("x", "image", ("b", "c"), manifest, None, None, 0, ())
-    aligned = runs.with_classes_of(corpus, ("c", "a", "b"), Path("m"))
+    aligned = with_classes_of(corpus, ("c", "a", "b"), Path("m"))
     assert aligned.manifest.labels.tolist() == [2, 0, -1]
     with pytest.raises(DataError, match="does not know the classes c"):
-        runs.with_classes_of(corpus, ("a", "b"), Path("m"))
-    same = runs.with_classes_of(corpus, ("b", "c"), Path("m"))
+        with_classes_of(corpus, ("a", "b"), Path("m"))
+    same = with_classes_of(corpus, ("b", "c"), Path("m"))
     assert np.array_equal(same.manifest.labels, replace(manifest).labels)

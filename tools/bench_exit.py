@@ -28,7 +28,7 @@ from measuring import Parser, exit_code, machine, machine_lines, progress, write
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from videogru import runs
+from videogru.assessing import open_run, with_classes_of
 from videogru.config import SPLITS
 from videogru.data.streams import open_stream
 from videogru.data.video_index import kept_indexes
@@ -245,9 +245,9 @@ def picture(risks: Sequence[Risk], points: Sequence[tuple[float, float, float]])
 
 def measure(options: Any, risks: list[float], facts: Mapping[str, object]) -> int:
     """All of it; 3 where a video could not be read."""
-    model, _, corpus = runs.open_run(options.model, dataset=options.dataset, data_dir=options.data_dir)
+    model, _, corpus = open_run(options.model, dataset=options.dataset, data_dir=options.data_dir)
     predictor = Predictor.from_file(model, device=options.device)
-    corpus = runs.with_classes_of(corpus, predictor.card.classes, model)
+    corpus = with_classes_of(corpus, predictor.card.classes, model)
     check_exits(predictor.card, corpus, options.split)
     table = known_exits(predictor.card, model)
     thresholds: dict[float, float] = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from measuring import Parser, exit_code, machine, machine_sentence, write_json, write_text
 
-from videogru import runs
+from videogru.assessing import open_run, with_classes_of
 from videogru.config import Split
 from videogru.data.layouts import Corpus
 from videogru.deploy.export import export_model
@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compared(run: Path, form: str, precision: str, data_dir: Path | None) -> list[dict[str, Any]]:
     """A row for each split that has labels: scores of the export and of PyTorch, both by `videogru eval`'s reading."""
-    model, settings, corpus = runs.open_run(run, dataset=None, data_dir=data_dir)
+    model, settings, corpus = open_run(run, dataset=None, data_dir=data_dir)
     predictor = Predictor.from_file(model, device="cpu", data=settings.data)
-    corpus = runs.with_classes_of(corpus, predictor.card.classes, model)
+    corpus = with_classes_of(corpus, predictor.card.classes, model)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "exported"
         made = export_model(

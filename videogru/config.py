@@ -242,6 +242,9 @@ class DataConfig(Settings):
             for key in ("volume", "max_memory_gib"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ConfigError(f"data.{key} is for volumes, not for a {kind}", hint="Leave it at its default.")
+        if kind == "image" and self.num_frames not in (1, type(self).model_fields["num_frames"].default):
+            hint = "Leave it out: model.seq and data.frame_size say how many steps the model makes of one."
+            raise ConfigError("data.num_frames is for videos and volumes; an image is one frame", hint=hint)
         volume = kind == "volume"
         return self.model_copy(
             update={

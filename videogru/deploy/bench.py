@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from videogru import runs
+from videogru.assessing import open_run, with_classes_of
 from videogru.config import Split
 from videogru.deploy.replay import child_environment, last_error
 from videogru.errors import ConfigError, ModelFileError
@@ -236,9 +236,9 @@ def _speedup(first: Sequence[Sequence[float]], own: Sequence[Sequence[float]]) -
 
 
 def _accuracy(path: Path, split: Split, data_dir: Path | None, say: Say) -> float:
-    model, settings, corpus = runs.open_run(path, dataset=None, data_dir=data_dir)
+    model, settings, corpus = open_run(path, dataset=None, data_dir=data_dir)
     predictor = Predictor.from_file(model, device="cpu", data=settings.data)
-    corpus = runs.with_classes_of(corpus, predictor.card.classes, model)
+    corpus = with_classes_of(corpus, predictor.card.classes, model)
     rows = corpus.manifest.rows(split)
     if not len(rows):
         raise ConfigError(f"no rows in the split {split}", where=corpus.name, hint="Use another --split, or none.")

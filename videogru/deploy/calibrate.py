@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from videogru import runs
+from videogru.assessing import open_run
 from videogru.config import Split
 from videogru.errors import ConfigError
 from videogru.inference.answers import Progress
@@ -28,7 +28,7 @@ def calibrate_run(
             where="--split train",
             hint="Leave --split out, or use --split test.",
         )
-    model, settings, corpus = runs.open_run(path, dataset=dataset, data_dir=data_dir)
+    model, settings, corpus = open_run(path, dataset=dataset, data_dir=data_dir)
     if dataset is not None and (note := note_on_training(path if path.is_dir() else path.parent, corpus, split)):
         say(note)
     with Progress(len(exit_rows(corpus, split)), shown=sys.stderr.isatty()) as tick:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from videogru import __version__, runs
+from videogru import __version__
+from videogru.assessing import open_run, with_classes_of
 from videogru.config import Config
 from videogru.data.batching import OrderedBatches
 from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
@@ -114,11 +115,11 @@ def export_model(
     be lost below fp32. Raises GateRefused where a check fails, ConfigError and DataError where it cannot be made or
     compared.
     """
-    model, settings, corpus = runs.open_run(path, dataset=None, data_dir=data_dir)
+    model, settings, corpus = open_run(path, dataset=None, data_dir=data_dir)
     classifier, card = read_model(model)
     check_wanted(classifier, format=format, precision=precision, step=step)
     target = new_folder(model, out, f"{format}-{precision}{'-step' * step}")
-    corpus = runs.with_classes_of(corpus, card.classes, model)
+    corpus = with_classes_of(corpus, card.classes, model)
     split = split_to_check(corpus)
     predictor = Predictor(classifier, card, device="cpu", data=settings.data)
     clips = calibration_clips(corpus, predictor, settings)
