@@ -31,7 +31,8 @@ QUICK = ("--epochs", "2", "--set", "train.precision=fp32", "--set", "model.hidde
 
 def model_file(path: Path, kind: str = "image", *, seed: int = 0, **changes: object) -> Path:
     """An untrained model with statistics of its own in its norms."""
-    settings = {"data.frame_size": 16, "data.num_frames": 5, "data.val_fraction": 0.3, "model.encoder_width": 4}
+    steps = 1 if kind == "image" else 5
+    settings = {"data.frame_size": 16, "data.num_frames": steps, "data.val_fraction": 0.3, "model.encoder_width": 4}
     asked = {key.replace("__", "."): value for key, value in changes.items()}
     config: Config = resolve_config(("test", {**settings, "model.hidden_size": 5, **asked}))
     data = config.data.for_kind(kind)
@@ -204,7 +205,8 @@ def test_a_bad_file_is_a_row_with_its_reason(tmp_path: Path, monkeypatch: pytest
     features = features_of(found, corpus, np.arange(len(names)))
     assert {names[row] for row, entry in features.entries.items() if entry.error} == {"a/0.png", "a/zz.png"}
     before = features_of(open_features(whole.folder), corpus, np.array([names.index("b/3.png")]))
-    np.testing.assert_array_equal(features.read(names.index("b/3.png")), before.read(names.index("b/3.png")))
+    # One row fewer in its batch: the last bit of a sum may be another.
+    np.testing.assert_allclose(features.read(names.index("b/3.png")), before.read(names.index("b/3.png")), rtol=1e-4, atol=1e-6)
     trained = videogru("train", "--features", "features", "--out", "run", *QUICK)
     assert trained.code == 0, trained.err
     (data / "a" / "0.png").write_bytes(content)
