@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import videogru
 
 from videogru.config import DataConfig
 from videogru.errors import ConfigError, ModelFileError
@@ -115,6 +116,33 @@ def test_out_is_checked_before_the_work(tmp_path: Path) -> None:
         answers.check_writable(tmp_path / "no" / "answers.csv")
     answers.check_writable(tmp_path / "answers.csv")
     assert not (tmp_path / "answers.csv").exists()
+
+
+def test_answers_never_replace_what_was_read(tmp_path: Path) -> None:
+    for name in ("clip.mp4", "scan.nii.gz", "frame.png", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(ConfigError, match="must not replace"):
+            answers.check_writable(tmp_path / name)
+    (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "odd").write_bytes(b"a video without a suffix")
+    (tmp_path / "link").symlink_to(tmp_path / "odd")
+    for out, read in (("IM0001", []), ("odd", [tmp_path / "odd"]), ("link", [None, str(tmp_path / "odd")])):
+        with pytest.raises(ConfigError, match="must not replace"):
+            answers.check_writable(tmp_path / out, read)
+    (tmp_path / "answers.csv").write_text("of yesterday")
+    answers.check_writable(tmp_path / "answers.csv", [tmp_path / "odd", "not there"])
+
+
+@pytest.mark.parametrize("more", [(), ("--windows",), ("--explain",)])
+def test_a_video_is_never_its_own_answer(workshop: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str]) -> None:
+    monkeypatch.chdir(workshop)
+    clip = workshop / "videos" / "a" / "0.mp4"
+    before = clip.read_bytes()
+    for command in ("infer", "stream"):
+        if command == "infer" or not more:
+            done = videogru(command, clip, "--out", clip, *more)
+            assert done.code == 2 and "must not replace" in done.err
+            assert clip.read_bytes() == before
 
 
 def test_without_a_model_the_command_to_train_one_is_named(folder: Path) -> None:

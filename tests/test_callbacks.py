@@ -1,8 +1,11 @@
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import pytorch_lightning as pl
 
 from videogru.errors import DataError
+from videogru.training import callbacks
 from videogru.training.callbacks import BadFiles, rank
 
 
@@ -29,3 +32,17 @@ def test_bad_files_are_listed_once_and_too_many_stop_the_run(tmp_path: Path) -> 
         "7,clip-7.mp4,gone,training",
     ]
     assert len(said) == 3
+
+
+def test_a_log_does_not_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    news = callbacks.StepNews(said.append, steps=10)
+    now = 1000.0
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
+    trainer, task = Mock(spec=pl.Trainer, global_step=20, current_epoch=2), Mock(spec=pl.LightningModule)
+    news.on_train_epoch_start(trainer, task)
+    for _ in range(10):
+        now += callbacks.NEWS_SECONDS / 4
+        trainer.global_step += 1
+        news.on_train_batch_end(trainer, task, None, None, 0)
+    assert said == ["epoch 3, step 4 of 10", "epoch 3, step 8 of 10"]

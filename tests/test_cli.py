@@ -256,3 +256,13 @@ def test_shell_completion_is_offered(tmp_path: Path) -> None:
         text=True,
     )
     assert "train" in finished.stdout, finished.stderr
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_streams_that_were_closed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(sys, "argv", ["videogru", "data", "list"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    getattr(sys, name).close()
+    assert ended.value.code == 0

@@ -84,8 +84,7 @@ def test_defaults_by_kind() -> None:
     assert (DataConfig().for_kind("volume").channels, DataConfig().for_kind("volume").fit) == (1, "pad")
     assert (DataConfig().for_kind("video").channels, DataConfig().for_kind("video").fit) == (3, "crop")
     assert DataConfig().for_kind("image").for_kind("image").num_frames == 1
-    with pytest.raises(ConfigError, match="data.num_frames is for videos and volumes"):
-        DataConfig(num_frames=8).for_kind("image")
+    DataConfig().for_kind("image").check_read("image")
     assert DataConfig(channels=1).for_kind("video").channels == 1
 
 
@@ -95,7 +94,7 @@ def test_an_empty_section_says_nothing(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_settings(tmp_path: Path) -> None:
-    for content in ("train: {", "- a list", "train: " + "[" * 5000):
+    for content in ("train: {", "- a list", "train: " + "[" * 5000, "train: &a {x: *a}"):
         (tmp_path / "own.yaml").write_text(content)
         with pytest.raises(ConfigError, match="own.yaml"):
             read_settings_file(tmp_path / "own.yaml")
@@ -122,6 +121,7 @@ def test_numbers_out_of_reason_are_refused(assignment: str) -> None:
         ("volume", {"data.decoder": "pyav"}, "data.decoder is for videos, not for volumes"),
         ("image", {"data.augment.drop_steps": 0.2}, "drop_steps is for videos and volumes, not for images"),
         ("video", {"data.augment.gamma": 0.3}, "data.augment.gamma is for volumes"),
+        ("image", {"data.num_frames": 8}, "data.num_frames is for videos and volumes"),
     ],
 )
 def test_what_a_kind_never_reads_is_refused(kind, settings, words):

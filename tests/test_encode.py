@@ -16,7 +16,7 @@ from videogru import encoded as encoded_module
 from videogru.config import Config
 from videogru.data.dataset import ClipDataset
 from videogru.data.feature_dataset import FeatureDataset
-from videogru.data.feature_store import ARRAY, INDEX, FeatureWriter
+from videogru.data.feature_store import ARRAY, INDEX, FeatureWriter, read_index
 from videogru.data.layouts import open_corpus
 from videogru.encoded import features_of, open_features
 from videogru.encoding import encode_data
@@ -31,8 +31,7 @@ QUICK = ("--epochs", "2", "--set", "train.precision=fp32", "--set", "model.hidde
 
 def model_file(path: Path, kind: str = "image", *, seed: int = 0, **changes: object) -> Path:
     """An untrained model with statistics of its own in its norms."""
-    steps = 1 if kind == "image" else 5
-    settings = {"data.frame_size": 16, "data.num_frames": steps, "data.val_fraction": 0.3, "model.encoder_width": 4}
+    settings = {"data.frame_size": 16, "data.num_frames": 5, "data.val_fraction": 0.3, "model.encoder_width": 4}
     asked = {key.replace("__", "."): value for key, value in changes.items()}
     config: Config = resolve_config(("test", {**settings, "model.hidden_size": 5, **asked}))
     data = config.data.for_kind(kind)
@@ -206,7 +205,9 @@ def test_a_bad_file_is_a_row_with_its_reason(tmp_path: Path, monkeypatch: pytest
     assert {names[row] for row, entry in features.entries.items() if entry.error} == {"a/0.png", "a/zz.png"}
     before = features_of(open_features(whole.folder), corpus, np.array([names.index("b/3.png")]))
     # One row fewer in its batch: the last bit of a sum may be another.
-    np.testing.assert_allclose(features.read(names.index("b/3.png")), before.read(names.index("b/3.png")), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        features.read(names.index("b/3.png")), before.read(names.index("b/3.png")), rtol=1e-4, atol=1e-6
+    )
     trained = videogru("train", "--features", "features", "--out", "run", *QUICK)
     assert trained.code == 0, trained.err
     (data / "a" / "0.png").write_bytes(content)
@@ -238,6 +239,18 @@ def test_an_interrupted_encoding_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(one.array) == len(other.array) == 40 * 5
     for row in range(40):
         np.testing.assert_array_equal(one.read(row), other.read(row))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"offset": "0"}, {"length": 1.5}, {"gaps": ["a"]}, {"gaps": [0.0]}, {"gaps": [float("nan")] * 5}, {"key": ["a"]}],
+)
+def test_an_edited_line_does_not_count(tmp_path: Path, change: dict) -> None:
+    line = {"key": "k", "source": "s", "content": "c", "stamp": "t", "offset": 0, "length": 5, "gaps": [0.0] * 5}
+    (tmp_path / ARRAY).write_bytes(bytes(4 * 5))
+    for told, count in ((line, 1), (line | change, 0)):
+        (tmp_path / INDEX).write_text(json.dumps(told) + "\n")
+        assert len(read_index(tmp_path, (1, 1, 1))) == count
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:

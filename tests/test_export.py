@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import numpy as np
@@ -20,7 +21,9 @@ from videogru.assessing import open_run
 from videogru.data.dataset import ClipDataset
 from videogru.deploy import export, gate, graph
 from videogru.errors import GateRefused, ModelFileError
+from videogru.exported.folder import read_export_card
 from videogru.exported.pt2 import load_program
+from videogru.exported.run import open_exported
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import read_csv
 from videogru.modelfile import read_model
@@ -258,6 +261,7 @@ def test_damaged_folders(onnx_folder: Path, tmp_path: Path) -> None:
         "newer": lambda at: (at / "card.json").write_text(json.dumps(card | {"export_version": 99})),
         "less": lambda at: (at / "card.json").write_text(json.dumps({"export_version": 1})),
         "another file": lambda at: (at / "card.json").write_text(json.dumps(card | {"files": {"../x": ""}})),
+        "no file": lambda at: ((at / "model.onnx").unlink(), os.mkfifo(at / "model.onnx")),
         "other card": lambda at: (at / "card.json").write_text(json.dumps(card | {"model_card": {"kind": "video"}})),
     }
     (tmp_path / "scan.nii.gz").touch()
@@ -269,6 +273,62 @@ def test_damaged_folders(onnx_folder: Path, tmp_path: Path) -> None:
         assert done.code == 2, name
         assert str(folder) in done.err, name
         assert "Traceback" not in done.err, name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": ["hyperplasia", "normal"]},
+        {"step": True},
+        {"step": "no"},
+        {"precision": "fp99"},
+        {"inputs": ["frame"]},
+        {"outputs": ["logits"]},
+        {"states": {"h": {}}},
+        {"preprocessing": {"frame_shape": [1, 64, 64]}},
+        {"preprocessing": {"frame_type": "uint8"}},
+        {"preprocessing": {"normalization": {"mean": [0.9], "std": [0.1]}}},
+        {"model_card": {"classes": ["x", "y"]}},
+        {"model_card": {"frame_size": 64}},
+    ],
+)
+def test_a_card_agrees_with_itself(onnx_folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    card = json.loads((onnx_folder / "card.json").read_text())
+    for name, value in change.items():
+        card[name] = {**card[name], **value} if isinstance(value, dict) else value
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ModelFileError, match="do not agree|damaged"):
+        read_export_card(tmp_path)
+
+
+def test_a_card_of_another_model(onnx_folder: Path, tmp_path: Path) -> None:
+    """Card and file each agree with themselves: what the runtime refuses is an error of the folder."""
+    shutil.copytree(onnx_folder, tmp_path / "made")
+    card = json.loads((onnx_folder / "card.json").read_text())
+    card["labels"] = card["model_card"]["classes"] = ["a", "b", "c"]
+    card["golden"] = card["model_card"]["golden"] = None
+    (tmp_path / "made" / "card.json").write_text(json.dumps(card))
+    made, frames = open_exported(tmp_path / "made"), np.zeros((1, 3, 1, 28, 28), np.float32)
+    with pytest.raises(ModelFileError, match="gives 2 probabilities, its card has 3 labels"):
+        made.probabilities(frames, np.array([3]))
+    with pytest.raises(ModelFileError, match="does not take what its card says"):
+        made.probabilities(frames[..., :20], np.array([3]))
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead, alive = tmp_path / f".made.{int(ended.stdout)}.partial", tmp_path / f".made.{os.getppid()}.partial"
+    for folder in (dead, alive):
+        folder.mkdir()
+    with export.written_whole(tmp_path / "made") as folder:
+        (folder / "x").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, "made"])
+
+
+def test_the_folder_one_is_in_is_no_target(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = videogru("export", run, "--format", "onnx", "--out", ".")
+    assert done.code == 2 and "the folder you are in" in done.err
 
 
 def test_what_needs_pytorch_says_so(onnx_folder: Path, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from command_line import videogru
 from safetensors.torch import load_file
 from small_models import GOLDEN_KINDS, rewrite, written
 
-from videogru.errors import ModelFileError
+from videogru.errors import DataError, ModelFileError
 from videogru.golden import _picture, add_golden_sample, golden_batch, verify_model
 from videogru.model_facts import describe_model
-from videogru.modelfile import FORMAT_VERSION, read_card, read_model
+from videogru.modelfile import FORMAT_VERSION, read_card, read_model, write_model
 
 
 @pytest.mark.parametrize("kind", GOLDEN_KINDS)
@@ -99,3 +99,23 @@ def test_the_commands(tmp_path: Path) -> None:
     assert refused.code == 4 and "1 thread): FAILED" in refused.out
     missing = videogru("model", "verify", tmp_path / "none.safetensors")
     assert missing.code == 2 and "no such file" in missing.err
+
+
+def test_one_bad_file_leaves_the_others_verified(tmp_path: Path) -> None:
+    good, bad = written(tmp_path / "good.safetensors", "video"), tmp_path / "bad.safetensors"
+    bad.write_bytes(b"no model")
+    done = videogru("model", "verify", bad, good, tmp_path / "none.safetensors", "--backend", "torch")
+    assert done.code == 2 and "1 thread): ok" in done.out
+    assert str(bad) in done.err and "none.safetensors" in done.err
+
+
+def test_a_model_without_finite_scores_is_told(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.safetensors", "video")
+    classifier, card = read_model(path)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.fill_(3e38)
+    write_model(path, classifier, card)
+    with pytest.raises(DataError, match="the training diverged") as caught:
+        add_golden_sample(path)
+    assert "--lr" in str(caught.value)

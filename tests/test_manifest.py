@@ -115,6 +115,22 @@ def test_two_dots_inside_a_name_are_a_name(tmp_path: Path) -> None:
     assert read_manifest(path).sources.tolist() == ["what..mp4", "12:30.mp4"]
 
 
+def test_another_spelling_is_the_same_file(tmp_path: Path) -> None:
+    table = write(tmp_path, "source,label\nc/a.mp4,x\n./c//b.mp4,x\nc/./a.mp4,y\nc/d/,y\n.e.mp4,y\nf..mp4,y\n")
+    found = read_manifest(table)
+    assert found.sources.tolist() == ["c/a.mp4", "c/b.mp4", "c/a.mp4", "c/d", ".e.mp4", "f..mp4"]
+    assert found.groups.tolist()[0] == found.groups.tolist()[2]
+    shared = write(tmp_path, "source,label,split\nc/a.mp4,x,train\n./c/a.mp4,x,test\n")
+    with pytest.raises(DataError, match="set.csv:3: group 'c/a.mp4' is in test here but in train on line 2"):
+        read_manifest(shared)
+
+
+@pytest.mark.parametrize("text", ["source;label\na.mp4;x\n", "a,b\n1,2\n", '"a",b\n"1",2\n'])
+def test_a_table_of_other_columns(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match="no column 'source', found"):
+        read_manifest(write(tmp_path, text))
+
+
 def test_unknown_label_names_the_nearest(tmp_path: Path) -> None:
     path = write(tmp_path, "source,label\na.mp4,zero\nb.mp4,sevn\n")
     with pytest.raises(DataError, match="(?s)set.csv:3: unknown label 'sevn'.*Did you mean seven"):

@@ -6,7 +6,7 @@ import pytest
 
 from videogru import runfolder, runs
 from videogru.assessing import with_classes_of
-from videogru.config import Config
+from videogru.config import Config, DataConfig
 from videogru.data.layouts import Corpus
 from videogru.data.manifest import build_manifest
 from videogru.errors import ConfigError, DataError
@@ -67,3 +67,29 @@ def test_labels_follow_the_models_class_order() -> None:
         with_classes_of(corpus, ("a", "b"), Path("m"))
     same = with_classes_of(corpus, ("b", "c"), Path("m"))
     assert np.array_equal(same.manifest.labels, replace(manifest).labels)
+
+
+def test_an_export_in_the_making_is_left_alone(tmp_path: Path) -> None:
+    made = tmp_path / ".onnx-int8.1234.partial"
+    made.mkdir()
+    (made / "model.onnx").touch()
+    (tmp_path / ".metrics.csv.partial").touch()
+    runfolder.remove_unfinished(tmp_path)
+    assert (made / "model.onnx").exists() and not (tmp_path / ".metrics.csv.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes", "augment", "less"),
+    [
+        ("video", ("Left", "other"), {"flip": 0.5}, "flip=0"),
+        ("video", ("turn_right", "turn_left"), {"flip": 0.5}, "flip=0"),
+        ("volume", ("left hip", "right hip"), {"flip": 0.5, "flip_axes": "xz"}, "flip_axes=z"),
+        ("volume", ("left hip", "right hip"), {"flip": 0.5, "flip_axes": "yz"}, None),
+        ("video", ("bright", "leftover"), {"flip": 0.5}, None),
+        ("video", ("left", "right"), {}, None),
+    ],
+)
+def test_a_flip_of_sides_is_told(kind: str, classes: tuple[str, ...], augment: dict, less: str | None) -> None:
+    corpus = Corpus("x", kind, classes, build_manifest(Path(), classes, ["1"], [0]), None, None, 0, ())
+    said = runs._note_on_mirrors(DataConfig(augment=augment), corpus)
+    assert [line.rsplit("data.augment.", 1)[1] for line in said] == ([less] if less else [])

@@ -70,7 +70,9 @@ def test_the_int8_layer_is_its_restatement(kind: type, bidirectional: bool) -> N
     model = graph.onnx_of(_OneLayer(layer), (torch.zeros(2, 5, D),), {"steps": free}, ("steps",), ("states",))
     written = scan_form(model)
     assert not {node.op_type for node in written.graph.node} & {"GRU", "LSTM", "Loop"}
-    session = onnxruntime.InferenceSession(written.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as `exported.run` has it
+    session = onnxruntime.InferenceSession(written.SerializeToString(), options, providers=["CPUExecutionProvider"])
     draw = np.random.default_rng(0)
     for clips, length in ((1, 1), (3, 9)):
         steps = draw.normal(size=(clips, length, D)).astype(np.float32)

@@ -34,12 +34,14 @@ def taught(path: Path, **changes: object) -> Config:
 
 
 def test_without_a_teacher_losses_are_those_of_before(tmp_path: Path) -> None:
-    """Recorded with `losses` at commit afc2791, before there were teachers."""
+    """Recorded with `losses` at commit afc2791, before there were teachers, on a processor with AVX-512; on one
+    with AVX2 alone, the last digits are others.
+    """
     train(tmp_path / "a", settings(train__epochs=2, model__encoder="small", model__encoder_width=8))
-    assert losses(tmp_path / "a") == pytest.approx([0.639002, 0.413939, 0.509302, 0.22902], abs=2e-6)
+    assert losses(tmp_path / "a") == pytest.approx([0.639002, 0.413939, 0.509302, 0.22902], abs=2e-5)
     mixed = {"data__augment__cutmix": 0.5, "train__class_weights": "balanced"}
     train(tmp_path / "b", settings(train__epochs=2, **mixed))
-    assert losses(tmp_path / "b") == pytest.approx([0.888463, 0.69922, 0.75402, 0.665116], abs=2e-6)
+    assert losses(tmp_path / "b") == pytest.approx([0.888463, 0.69922, 0.75402, 0.665116], abs=2e-5)
 
 
 def test_the_soft_loss_is_the_written_out_divergence() -> None:

@@ -21,13 +21,16 @@ from videogru.data.card import load_card
 def run(*arguments: str) -> str:
     """Show a videogru command as one would type it, run it, and return what it printed."""
     print(f"\n$ videogru {shlex.join(arguments)}", flush=True)
-    finished = subprocess.run(
-        [sys.executable, "-m", "videogru", *arguments], check=False, stdout=subprocess.PIPE, text=True
-    )
-    print(finished.stdout, end="", flush=True)
-    if finished.returncode:
-        sys.exit(finished.returncode)
-    return finished.stdout
+    process = subprocess.Popen([sys.executable, "-m", "videogru", *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        printed = process.communicate()[0]
+    except KeyboardInterrupt:
+        # Ctrl-C reached it too: it saves what it has, and says how to go on.
+        sys.exit(process.wait())
+    print(printed, end="", flush=True)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return printed
 
 
 def write_scan(row: int, path: Path) -> str:

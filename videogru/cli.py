@@ -257,6 +257,9 @@ def main() -> None:
 def _run() -> int:
     # nibabel writes what it dislikes in a header to stderr; what matters of it comes back as an error.
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started this, as `>&-` does
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # File names need not be valid text; one of them must not end the work.
         if isinstance(stream, io.TextIOWrapper):

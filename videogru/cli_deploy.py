@@ -71,7 +71,8 @@ def export(
         typer.Option(min=0, max=100, help="Points of validation accuracy that fp16 and int8 may lose."),
     ] = 0.5,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write; default: FORMAT-PRECISION in the run.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder to write; default: FORMAT-PRECISION[-step] in the run.", show_default=False),
     ] = None,
     data_dir: DataDirOption = None,
 ) -> None:

@@ -46,20 +46,24 @@ def model_verify(
 ) -> None:
     """Replay the golden sample stored at training through PyTorch and every export runtime here (4 where one fails)."""
     from videogru.deploy.verify import parse_backends, verify
-    from videogru.errors import GateRefused
+    from videogru.errors import GateRefused, ModelFileError
     from videogru.modelfile import find_model
 
-    names, failed = parse_backends(backend), 0
-    for path in map(find_model, runs_or_models):
+    names, failed, unread = parse_backends(backend), 0, 0
+    for run_or_model in runs_or_models:
         try:
+            path = find_model(run_or_model)
             for verdict in verify(path, names):
                 print(f"{path}: {verdict}", flush=True)
                 failed += verdict.state == "FAILED"
         except GateRefused as error:
             say(str(error))
             failed += 1
-    if failed:
-        raise typer.Exit(4)
+        except ModelFileError as error:  # the others are verified all the same
+            say(f"error: {error}")
+            unread += 1
+    if failed or unread:
+        raise typer.Exit(4 if failed else 2)
 
 
 @model_app.command(

@@ -216,6 +216,11 @@ class DataConfig(Settings):
                     wanted = " and ".join(f"{one}s" for one in owner)
                     hint = f"Leave it at its default, {default}."
                     raise ConfigError(f"data.{key} is for {wanted}, not for {kind}s", hint=hint)
+        # 1 is what `for_kind` makes of it, and what settings that were saved hold.
+        usual = (1, type(self).model_fields["num_frames"].default)
+        if kind == "image" and self.num_frames not in usual and (given is None or "data.num_frames" in given):
+            hint = "Leave it out: model.seq and data.frame_size say how many steps the model makes of one."
+            raise ConfigError("data.num_frames is for videos and volumes; an image is one frame", hint=hint)
 
     def for_kind(self, kind: Kind) -> "DataConfig":
         """The same with the defaults that depend on the kind of source filled in.
@@ -242,9 +247,6 @@ class DataConfig(Settings):
             for key in ("volume", "max_memory_gib"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ConfigError(f"data.{key} is for volumes, not for a {kind}", hint="Leave it at its default.")
-        if kind == "image" and self.num_frames not in (1, type(self).model_fields["num_frames"].default):
-            hint = "Leave it out: model.seq and data.frame_size say how many steps the model makes of one."
-            raise ConfigError("data.num_frames is for videos and volumes; an image is one frame", hint=hint)
         volume = kind == "volume"
         return self.model_copy(
             update={

@@ -140,4 +140,5 @@ def _encode(
     failed = [row for row, entry in entries.items() if writer.entries[entry.key].error]
     for row in failed[:5]:
         say(f"cannot be read: {writer.entries[entries[row].key].error}")
-    return Encoding(folder, len(rows), len(wanted), len(failed), (folder / ARRAY).stat().st_size)
+    done = sum(not writer.entries[entry.key].error for entry in wanted.values())
+    return Encoding(folder, len(rows), done, len(failed), (folder / ARRAY).stat().st_size)

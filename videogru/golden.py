@@ -5,6 +5,7 @@ than the model's frames, a scan is stored oblique and left-handed: it passes thr
 channels and resizing as a file would, and through the whole classifier.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from videogru.data.scan import Scan
 from videogru.data.sources import read_clip
 from videogru.data.transforms import prepare_clip
 from videogru.data.volume import volume_of
+from videogru.errors import DataError
 from videogru.modelfile import FORMAT_VERSION, GoldenSample, ModelCard, read_model, write_model
 from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch, Unit
@@ -82,10 +84,17 @@ class _Made:
 def add_golden_sample(path: Path) -> None:
     """Write into a model file what it says of the golden sample, in float32 on a CPU; else it stays as it is.
 
-    Raises ModelFileError where the file cannot be read, VideogruError where it cannot be written.
+    Raises ModelFileError where the file cannot be read, VideogruError where it cannot be written, DataError where the
+    model gives no finite score.
     """
     classifier, card = read_model(path)
     logits = tuple(float(value) for value in replay(classifier, card))
+    if not all(map(math.isfinite, logits)):
+        raise DataError(
+            "the training diverged: the model gives no finite score",
+            where=path,
+            hint="Lower the learning rate (--lr), or clip the gradient (--set train.clip_norm=1).",
+        )
     golden = GoldenSample(pattern=PATTERN, logits=logits)
     write_model(path, classifier, card.model_copy(update={"golden": golden, "format_version": FORMAT_VERSION}))
 

@@ -34,7 +34,8 @@ def describe_model(path: Path) -> dict[str, Any]:
             "dataset": card.dataset,
             "license": card.license,
             "window_seconds": list(card.window_seconds),
-            "metrics": {name: round(score, 4) for name, score in card.metrics.items()},
+            # Epochs are told from 1 on, and kept from 0 on.
+            "metrics": {name: round(score + (name == "epoch"), 4) for name, score in card.metrics.items()},
             "teacher": None if card.teacher is None else card.teacher.model_dump(),
         },
         "early_exit": _exit_facts(card),

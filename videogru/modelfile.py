@@ -90,7 +90,7 @@ class ModelCard(BaseModel):
 
     format_version: int
     kind: Kind
-    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    classes: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
     model: ModelConfig
     data: DataConfig
     in_channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)]

@@ -71,9 +71,10 @@ def begun_run(config: Config, corpus: Corpus, out: Path | None) -> Path:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Files that a killed process was writing."""
+    """Files that a killed training was writing. Folders are exports in the making, of others and maybe alive."""
     for part in (*run.glob(".*.partial"), *run.glob(f".{MODEL_FILE_NAME}.*")):
-        part.unlink(missing_ok=True)
+        if not part.is_dir():
+            part.unlink(missing_ok=True)
 
 
 def check_names(corpus: Corpus) -> None:

@@ -4,6 +4,7 @@ config.yaml · splits.csv · metrics.csv · tensorboard/ · last.ckpt · model.s
 evaluation-SPLIT.json · bad_files.csv · report.html
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from videogru.training.processes import Group, check_gpus, is_started, joined, t
 from videogru.training.state import STATE_FILE
 
 Say = Callable[[str], None]
+_SIDE = re.compile(r"(?<![a-z])(left|right)(?![a-z])", re.IGNORECASE)
 
 
 def settings_for_training(name: str | None, flags: Mapping[str, Any], assigned: Mapping[str, Any]) -> Config:
@@ -87,7 +89,7 @@ def train(config: Config, *, out: Path | None, progress: bool, say: Say) -> Outc
         check_same_rows(corpus, group)
         left_out, told = group.by_first(lambda: bad_rows(corpus, config.data))
         corpus = replace(corpus, left_out=left_out)
-        for note in (*corpus.notes, *told):
+        for note in (*corpus.notes, *told, *_note_on_mirrors(config.data, corpus)):
             say(f"note: {note}")
         run = group.by_first(lambda: begun_run(config, corpus, out))
         counts = ", ".join(f"{len(corpus.manifest.rows(split))} {split}" for split in SPLITS)
@@ -117,6 +119,18 @@ def resume(run: Path, *, progress: bool, say: Say) -> Outcome:
             say(f"no state was saved in {run} yet: beginning anew, with its settings")
         trained = fit(config, corpus, run, resume=saved, progress=progress and group.is_first, say=say, group=group)
     return _assess_trained(trained, config, corpus, run, say=say) if group.is_first else Outcome(run, {}, None)
+
+
+def _note_on_mirrors(data: DataConfig, corpus: Corpus) -> list[str]:
+    """A flip gives clips of one side to the other's class; names of classes are all that can tell."""
+    sides = [name for name in corpus.classes if _SIDE.search(name)]
+    mirrored = data.augment.flip and (corpus.kind != "volume" or "x" in data.augment.flip_axes)
+    if not sides or not mirrored:
+        return []
+    others = data.augment.flip_axes.replace("x", "") if corpus.kind == "volume" else ""
+    less = f"flip_axes={others}" if others else "flip=0"
+    told = " and ".join(map(repr, sides[:2]))
+    return [f"training mirrors left and right, as if {told} were no sides; if they are: --set data.augment.{less}"]
 
 
 def _silent(text: str) -> None:

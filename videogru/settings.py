@@ -65,6 +65,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, Mapping):
         raise ConfigError("expected sections data, model and train", where=path)
+    try:
+        list(_flatten(content))
+    except RecursionError as error:  # an alias that refers to what it stands in
+        raise ConfigError("sections without an end", where=path) from error
     # An empty section (`train:`) says nothing.
     return {key: value for key, value in content.items() if value is not None}
 

@@ -10,6 +10,7 @@ in place of one before. CRC-32 of its bytes tells a damaged clip.
 
 import fcntl
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,9 +59,23 @@ def read_index(folder: Path, step: tuple[int, int, int]) -> dict[str, Entry]:
             entry = Entry(**{**values, "gaps": tuple(values.get("gaps", ()))})
         except (ValueError, TypeError):
             continue
+        if not _is_sound(entry):
+            continue
         if line.endswith(b"\n") and (entry.error or (entry.length >= 1 and 0 <= entry.offset <= steps - entry.length)):
             entries[entry.key] = entry
     return entries
+
+
+def _is_sound(entry: Entry) -> bool:
+    """Whether the values are of their types, and a gap stands before each step."""
+    texts = (entry.key, entry.source, entry.content, entry.stamp, entry.error)
+    whole = (entry.offset, entry.length, entry.crc)
+    return (
+        all(type(text) is str for text in texts)
+        and all(type(number) is int for number in whole)
+        and all(type(gap) in (int, float) and math.isfinite(gap) for gap in entry.gaps)
+        and (bool(entry.error) or len(entry.gaps) == entry.length)
+    )
 
 
 def _steps(folder: Path, step: tuple[int, int, int]) -> int:

@@ -5,12 +5,14 @@ Columns, not lists of records: millions of Python objects would be copied into e
 
 import csv
 import math
+import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
@@ -170,6 +172,7 @@ def read_manifest(path: Path, classes: Sequence[str] | None = None, *, root: Pat
     def fail(row: int, what: str, hint: str | None = None) -> DataError:
         return DataError(what, where=table.where(row), hint=hint)
 
+    table.columns["source"] = _plain(table.text("source"))
     sources = Text.of_arrow(table.text("source"))
     empty = np.diff(sources.offsets) == 0
     labels, words = _coded(table, "label")
@@ -211,6 +214,16 @@ def read_manifest(path: Path, classes: Sequence[str] | None = None, *, root: Pat
     for row in np.flatnonzero(starts >= ends)[:1].tolist():
         raise fail(row, f"start_seconds {starts[row]:g} is not before end_seconds {ends[row]:g}")
     return Manifest(root, names, sources, labels, splits, groups, starts, ends)
+
+
+def _plain(sources: Any) -> Any:
+    """Sources without `./`, `//` and a slash at the end: one file has one name, by which rows are grouped."""
+    odd = pc.match_substring_regex(sources, r"//|(^|/)\.(/|$)|/$")
+    if not pc.any(odd).as_py():
+        return sources
+    pairs = zip(sources.to_pylist(), odd.to_pylist(), strict=True)
+    plain = [posixpath.normpath(text) if is_odd else text for text, is_odd in pairs]
+    return pa.chunked_array([pa.array(plain, pa.large_string())])
 
 
 def _coded(table: Table, name: str) -> tuple[NDArray[Any], list[str]]:

@@ -150,6 +150,8 @@ def _csv_header(path: Path) -> list[str]:
 def _read_csv(path: Path, header: list[str], wanted: list[str]) -> Any:
     keys = [str(place) for place in range(len(header))]  # names may repeat, or be empty
     places = [header.index(name) for name in wanted]
+    if not wanted:  # Arrow would give it no rows
+        return pa.table({"": read_table(path)[1]})
     try:
         table = arrow_csv.read_csv(
             path,

@@ -1,5 +1,8 @@
 """What all readers of containers share: which stream is the video, and how its frames are turned into upright RGB."""
 
+import os
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import av
@@ -12,6 +15,8 @@ from videogru.data.video_index import Picture
 from videogru.errors import SourceError
 
 MAX_FRAME_PIXELS = 2**26  # twice 8K; a damaged header claims anything
+_AVI_TAIL = 1024  # bytes: about so few at the end, which are its index, writers disagree
+_RIFF_HEAD = 8  # bytes: its name, and how many come after them
 # Before PyAV 17 there was no other way than one thread.
 _ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 
@@ -37,6 +42,30 @@ def video_stream(container: Any, where: object) -> Any:
     streams[0].thread_type = "NONE"
     codec.thread_count = 1
     return streams[0]
+
+
+def refuse_cut_off(path: Path, formats: Collection[str], *, declared: int, held: int) -> None:
+    """Raise SourceError where a container says exactly how much it holds, and the file ends before.
+
+    MP4: its tables count the frames (`declared`, 0 where they do not; `held`: packets that the file has). AVI: the size
+    of its first RIFF chunk; its own count of frames includes those that were dropped when it was made.
+    """
+    if "mp4" in formats and held < declared:
+        what = f"is cut off: declares {declared} frames, holds {held}"
+    elif "avi" in formats and (missing := _missing_of_avi(path)) > _AVI_TAIL:
+        what = f"is cut off: {missing:,} bytes of it are missing"
+    else:
+        return
+    raise SourceError(what, where=path, hint="`ffmpeg -i INPUT OUTPUT.mp4` keeps what can be saved.")
+
+
+def _missing_of_avi(path: Path) -> int:
+    with path.open("rb") as file:
+        head = file.read(_RIFF_HEAD)
+        size = os.fstat(file.fileno()).st_size
+    # Writers that never came to the end left 0, or nothing that could be true.
+    known = len(head) == _RIFF_HEAD and head[:4] == b"RIFF"
+    return int.from_bytes(head[4:], "little") + _RIFF_HEAD - size if known else 0
 
 
 def picture_of(frame: Any, stream: Any) -> Picture:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from videogru.config import Kind
 from videogru.data.time_stamps import increasing, spread
-from videogru.data.video_container import MAX_FRAME_PIXELS, picture_of, upright, video_stream
+from videogru.data.video_container import MAX_FRAME_PIXELS, picture_of, refuse_cut_off, upright, video_stream
 from videogru.data.video_index import Key, PacketTable, Picture, VideoIndex, facts_of, kept_indexes, row_of
 from videogru.data.video_seek import BrokenPromise, MaybeHalf, decode_run
 from videogru.errors import SourceError
@@ -181,7 +181,7 @@ class PyavVideo:
         stream, codec = self._stream, self._stream.codec_context
         first: Any = None
         rows: list[int] = []
-        trusted = True
+        trusted, held = True, 0
         vp8 = codec.name in ("vp8", "libvpx")
         for packet in self._demux():
             if first is None:
@@ -192,6 +192,7 @@ class PyavVideo:
                 first = next((frame for frame in frames if not frame.is_corrupt), None)
                 # What a decoder makes of damage depends on all that it had before.
                 trusted = trusted and not any(frame.is_corrupt for frame in frames)
+            held += packet.size > 0 and not packet.is_corrupt
             if packet.size == 0 or packet.is_corrupt:
                 continue
             if packet.pts is None:
@@ -205,6 +206,7 @@ class PyavVideo:
         table = PacketTable.of(rows)
         self._describe(first)
         formats = set(self._container.format.name.split(","))
+        refuse_cut_off(self.path, formats, declared=int(stream.frames), held=held)
         if "avi" in formats:  # AVI has no time stamps: FFmpeg makes them up, wrongly for B-frames.
             reordered = codec.has_b_frames or codec.name in ("h264", "hevc")
             trusted = trusted and not reordered and table.in_order

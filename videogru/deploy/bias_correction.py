@@ -55,6 +55,7 @@ def channel_means(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) ->
         graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, ["channels"]))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as `exported.run` has it
     session = onnxruntime.InferenceSession(measured.SerializeToString(), options, providers=["CPUExecutionProvider"])
     read = {given.name for given in session.get_inputs()}
     sums = [np.zeros(0)] * len(names)

@@ -2,7 +2,7 @@
 
 from videogru.exported.folder import ExportCard
 
-_HEAD = '''"""Class of a clip: python example.py FRAMES.npy
+_HEAD = '''"""Class of a clip: python example.py FRAMES.npy{more}
 
 FRAMES.npy holds raw frames {axes}, {values}; normalization is part of the model.
 Needs: {needs}.
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 {imports}
+if len(sys.argv) != {arguments}:
+    sys.exit(__doc__)
 folder = Path(__file__).parent
 labels = json.loads((folder / "card.json").read_text(encoding="utf-8"))["labels"]
 frames = np.load(sys.argv[1])
@@ -22,9 +24,13 @@ _CLIP = """given = {"frames": frames[None], "lengths": np.array([len(frames)])}
 """
 _GAPS = """given["gaps"] = np.load(sys.argv[2]).astype(np.float32)[None]  # (length): seconds or mm to the step before
 """
+_SESSION = """{options}session = onnxruntime.InferenceSession(
+    folder / "model.onnx"{given}, providers=["CPUExecutionProvider"]
+)
+"""
 _RUN = {
-    "onnx": """session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-(probabilities,) = session.run(None, given)
+    "onnx": _SESSION
+    + """(probabilities,) = session.run(None, given)
 """,
     "openvino": """model = openvino.Core().compile_model(folder / "model.xml", "CPU"{settings})
 probabilities = model(given)[0]
@@ -36,9 +42,13 @@ probabilities = program(*(torch.from_numpy(array) for array in given.values())).
 probabilities = engine(given)["probabilities"]
 """,
 }
+# Without VNNI, products of uint8 and int8 are added in 16 bits, which overflow; with uint8 weights they do not.
+_WIDE = """options = onnxruntime.SessionOptions()
+options.add_session_config_entry("session.x64quantprecision", "1")  # right on processors without VNNI too
+"""
 _STEPS = {
-    "onnx": """session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-names = [output.name for output in session.get_outputs()]
+    "onnx": _SESSION
+    + """names = [output.name for output in session.get_outputs()]
 read = lambda given: dict(zip(names, session.run(None, given)))
 """,
     "openvino": """model = openvino.Core().compile_model(folder / "model.xml", "CPU"{settings})
@@ -53,6 +63,7 @@ for frame in frames:
     probabilities = said["probabilities"]
     state = {name: said[f"{name}.next"] for name in state}
 """
+_EACH, _EACH_AND_GAP = "for frame in frames:", "for frame, gap in zip(frames, gaps.reshape(-1, 1)):"
 _TAIL = """best = int(probabilities[0].argmax())
 print(f"{labels[best]} {probabilities[0, best]:.3f}")
 """
@@ -74,15 +85,22 @@ def example_for(card: ExportCard) -> str:
     """The script for an exported model."""
     c, h, w = card.frame_shape
     values = "uint8 in 0..255" if card.frame_type == "uint8" else "float32 in 0..1"
+    needs_gaps = bool({"gap", "gaps"} & set(card.inputs))
     head = _HEAD.format(
-        axes=f"(length, {c}, {h}, {w})", values=values, needs=_NEEDS[card.format], imports=_IMPORTS[card.format]
+        more=" GAPS.npy" if needs_gaps else "",
+        arguments=3 if needs_gaps else 2,
+        axes=f"(length, {c}, {h}, {w})",
+        values=values,
+        needs=_NEEDS[card.format],
+        imports=_IMPORTS[card.format],
     )
     settings = ', {"INFERENCE_PRECISION_HINT": "f32"}' if card.precision == "fp32" else ""
+    options, given = (_WIDE, ", options") if (card.format, card.precision) == ("onnx", "int8") else ("", "")
+    body = (_STEPS if card.step else _RUN)[card.format]
+    body = body.format(settings=settings, options=options, given=given)
     if card.step:
-        return (
-            head
-            + _STEPS[card.format].replace("{settings}", settings).replace("{{", "{").replace("}}", "}")
-            + (_STREAM + _TAIL)
-        )
-    gaps = _GAPS if "gaps" in card.inputs else ""
-    return head + _CLIP + gaps + _RUN[card.format].replace("{settings}", settings) + _TAIL
+        gaps = ("gaps = np.load(sys.argv[2]).astype(np.float32)  # seconds or mm to the step before\n", ', "gap": gap')
+        before, gap = gaps if needs_gaps else ("", "")
+        stream = _STREAM if not needs_gaps else _STREAM.replace(_EACH, _EACH_AND_GAP)
+        return head + body + before + stream.replace("**state}", f"**state{gap}}}") + _TAIL
+    return head + _CLIP + (_GAPS if needs_gaps else "") + body + _TAIL

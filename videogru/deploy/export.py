@@ -139,6 +139,9 @@ def export_model(
             max_drop=max_drop,
             precision=precision,
         )
+        if precision != "fp32" and (one := 100 / scores["samples"]) > max_drop:
+            few = f"of {scores['samples']} {split} samples one is {one:.3g} points"
+            say(f"note: {few}: too few to tell a drop of {max_drop:g} from none")
         checked = Checked(SHAPES, largest, mean, padding, **scores).to_dict() | {"max_drop_points": max_drop}
         if precision == "int8":
             checked["calibration_clips"] = sum(len(batch) for batch in clips)
@@ -314,6 +317,8 @@ def feeds_of(clips: Sequence[SequenceBatch], uses_gaps: bool) -> list[dict[str, 
 def new_folder(model: Path, out: Path | None, name: str) -> Path:
     """Where the export goes: `out`, else beside the model. Raises ConfigError where something is there already."""
     target = out if out is not None else model.parent / name
+    if target.resolve() == Path.cwd():
+        raise ConfigError("--out names the folder you are in; name a new one", where=target, hint=f"--out {name}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(
             "is there already, and an export never overwrites", where=target, hint="Remove it, or choose another --out."
@@ -325,6 +330,9 @@ def new_folder(model: Path, out: Path | None, name: str) -> Path:
 def written_whole(target: Path) -> Iterator[Path]:
     """A folder beside `target` to write to, which takes its name at the end; nothing stays where something fails."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    for left in target.parent.glob(f".{target.name}.*.partial"):
+        if left.is_dir() and not _is_alive(left.suffixes[-2]):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -335,3 +343,14 @@ def written_whole(target: Path) -> Iterator[Path]:
         raise ConfigError(f"the export cannot be written: {error.strerror or error}", where=target) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_alive(suffix: str) -> bool:
+    """Whether the process runs whose number is in the name of a folder; of other names nothing is known."""
+    try:
+        os.kill(int(suffix.lstrip(".")), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return True

@@ -145,7 +145,7 @@ def answer_stream(
     used, Interrupted after Ctrl-C; what was answered until then is written.
     """
     if out is not None:
-        check_writable(out)
+        check_writable(out, [source, model])
     chosen = find_model(model) if model is not None else newest_of_kind("video", say)
     classifier = StreamClassifier(Predictor.from_file(chosen, device=device), restart_seconds=restart_seconds)
     if exit_risk is not None:

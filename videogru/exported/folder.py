@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ PACKAGES = {
     "pt2": (("torch",), "pip install torch"),
     "tensorrt": (("onnx", "onnxscript", "onnxruntime", "tensorrt"), "pip install tensorrt 'videogru[onnx]'"),
 }
+STATE_TYPES: dict[str, tuple[type, ...]] = {"float32": (float, int), "int64": (int,), "bool": (bool,)}
+_MAX_STATE = 2**28  # entries
 EXPORT_AGAIN = "Copy the folder again, or export again: videogru export MODEL"
 
 
@@ -109,7 +112,43 @@ def read_export_card(folder: Path) -> ExportCard:
         raise ModelFileError(
             f"damaged: files {sorted(card.files)} of format {card.format!r}", where=path, hint=EXPORT_AGAIN
         )
+    try:
+        wrong = [name for name, holds in _agreement(card, content["preprocessing"]).items() if not holds]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        wrong = ["model_card"]
+    if wrong:
+        what = f"damaged: {' and '.join(wrong)} of the card do not agree with the rest of it"
+        raise ModelFileError(what, where=path, hint=EXPORT_AGAIN)
     return card
+
+
+def _agreement(card: ExportCard, preprocessing: dict[str, Any]) -> dict[str, bool]:
+    """Whether parts of a card hold, by name: most stand in it twice, for who reads it without videogru."""
+    model, side = card.model_card, card.model_card["frame_size"]
+    normalization = preprocessing["normalization"]
+    ends = (*(f"{name}{NEXT}" for name in card.states), "probabilities")
+    return {
+        "precision": card.precision in PRECISIONS,
+        "step": type(card.step) is bool and bool(card.states) == card.step,
+        "inputs": ("frame" if card.step else "frames") in card.inputs and set(card.states) <= set(card.inputs),
+        "outputs": set(card.outputs) == set(ends),
+        "labels": list(card.labels) == list(model["classes"]),
+        "frame_shape": card.frame_shape == (model["in_channels"], side, side),
+        "frame_type": card.frame_type == ("float32" if model["kind"] == "volume" else "uint8"),
+        "normalization": [list(normalization[name]) == list(model[name]) for name in ("mean", "std")] == [True, True],
+        "states": all(map(_is_state, card.states.values())),
+    }
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    """Whether it can be made: some dimensions of bounded size, a type, and a number to begin with."""
+    shape = state["shape"]
+    return (
+        all(type(size) is int and size > 0 for size in shape)
+        and math.prod(shape) <= _MAX_STATE
+        and state["type"] in STATE_TYPES
+        and type(state["fill"]) in STATE_TYPES[state["type"]]
+    )
 
 
 def _golden_of(content: dict[str, Any]) -> dict[str, Any] | None:

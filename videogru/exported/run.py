@@ -37,7 +37,24 @@ class Exported:
             if gaps is None:
                 raise ValueError("this model reads the gaps between steps (model.use_gaps): give them")
             given["gaps"] = gaps
-        said = self._frame_by_frame(given) if self.card.step else self._run(given)["probabilities"]
+        said = self._frame_by_frame(given) if self.card.step else self._ran(given)["probabilities"]
+        return self._of_the_labels(said)
+
+    def _ran(self, given: Mapping[str, NDArray[Any]]) -> Arrays:
+        """What the runtime says. Raises ModelFileError where it refuses: the card is of another model then."""
+        try:
+            return self._run(given)
+        except MemoryError:
+            raise
+        except Exception as error:  # runtimes have many kinds, without a common parent
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            what = f"the model does not take what its card says: {lines[0]}"
+            raise ModelFileError(what, where=self.card.folder, hint=EXPORT_AGAIN) from error
+
+    def _of_the_labels(self, said: NDArray[Any]) -> Float32[np.ndarray, "B K"]:
+        if said.shape[-1] != len(self.card.labels):
+            what = f"the model gives {said.shape[-1]} probabilities, its card has {len(self.card.labels)} labels"
+            raise ModelFileError(what, where=self.card.folder, hint=EXPORT_AGAIN)
         return np.asarray(said, dtype=np.float32)
 
     def _frame_by_frame(self, given: Arrays) -> NDArray[Any]:
@@ -63,12 +80,12 @@ class Exported:
             assert gap is not None
             given["gap"] = gap
         said = self.step(given)
-        return np.asarray(said["probabilities"], np.float32), {name: said[name + NEXT] for name in state}
+        return self._of_the_labels(said["probabilities"]), {name: said[name + NEXT] for name in state}
 
     def step(self, given: Mapping[str, NDArray[Any]]) -> Arrays:
         """One frame of each stream and the states, by name, to probabilities and the states after it."""
         self._check_step()
-        return self._run({name: np.ascontiguousarray(array) for name, array in given.items()})
+        return self._ran({name: np.ascontiguousarray(array) for name, array in given.items()})
 
     def fresh_states(self, batch: int) -> Arrays:
         """The states of `batch` streams before their first frames. Raises ConfigError where it takes whole clips."""
@@ -95,6 +112,8 @@ def open_exported(folder: Path, *, threads: int | None = None, device: str = "au
         raise ConfigError(f"exports to {card.format} do not run on {device!r}", hint="Use --device auto or cpu.")
     for name, wanted in card.files.items():
         try:
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise ModelFileError("is no regular file", where=folder / name, hint=EXPORT_AGAIN)
             found = file_sum(folder / name)
         except OSError as error:
             raise ModelFileError(f"cannot be read: {error.strerror}", where=folder / name, hint=EXPORT_AGAIN) from error
@@ -121,6 +140,8 @@ def _open_onnx(card: ExportCard, threads: int | None, device: str) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; a float node between quantized ones is no news
+    # Without VNNI, products of uint8 and int8 are added in 16 bits, which overflow; with uint8 weights they do not.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     path = str(card.folder / MODEL_FILES["onnx"][0])

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from videogru.data.views import Views
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, atomic_text
-from videogru.modelfile import ModelCard, find_model, newest_model, read_card
+from videogru.modelfile import MODEL_FILE_NAME, ModelCard, find_model, newest_model, read_card
 from videogru.settings import resolve_config
 
 RUNS = Path("runs")
@@ -50,7 +50,7 @@ def answer(
     settings and outputs that cannot be used.
     """
     if out is not None:
-        check_writable(out)
+        check_writable(out, [*asked, model])
     chosen = find_model(model) if model is not None else newest_fitting(asked, say)
     card = read_card(chosen)
     inputs = expand(asked, card.kind, say)
@@ -72,7 +72,8 @@ def write_records(records: list[dict[str, Any]], *, out: Path | None, form: str,
         say(f"{len(records)} rows written to {out}")
     failed = sum(record["error"] is not None for record in records)
     if failed:
-        say(f"{failed} of {len(records)} inputs failed; the others are done")
+        rest = "; the others are done" if failed < len(records) else ""
+        say(f"{failed} of {len(records)} input{'s' * (len(records) != 1)} failed{rest}")
     return failed
 
 
@@ -264,8 +265,10 @@ def _strongest(explanation: list[dict[str, Any]]) -> str:
 _FORMS = {"jsonl": _as_jsonl, "csv": _as_csv, "table": _as_table}
 
 
-def check_writable(out: Path) -> None:
-    """Raises ConfigError where `out` cannot be written, before the work."""
+def check_writable(out: Path, read: Iterable[str | Path | None] = ()) -> None:
+    """Raises ConfigError where `out` cannot be written, or would replace a video, scan, picture or model, or one of
+    the files `read`; before the work.
+    """
     if out.is_dir():
         raise ConfigError("--out names a folder; name a file", where=out)
     parent = out.parent
@@ -273,6 +276,14 @@ def check_writable(out: Path) -> None:
         raise ConfigError("the folder of --out does not exist", where=parent, hint=f"mkdir -p {parent}")
     if not os.access(parent, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
         raise ConfigError("--out cannot be written", where=out)
+    if out.is_file() and (
+        kind_of_source(out) is not None
+        or out.suffix == Path(MODEL_FILE_NAME).suffix
+        or any(os.path.exists(path) and out.samefile(path) for path in read if path is not None)
+    ):
+        raise ConfigError(
+            "--out names a file that answers must not replace", where=out, hint="Name another: --out answers.csv"
+        )
 
 
 class Progress:

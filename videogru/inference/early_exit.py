@@ -82,11 +82,12 @@ def threshold_for(table: ExitTable, risk: float) -> float:
     promised = (np.array(table.changed) + 1) / (table.clips + 1)
     kept = np.flatnonzero(promised <= risk)
     if not len(kept):
-        needed = int(np.ceil(1 / risk - 1e-9)) - 1
+        count = np.ceil(1 / risk - 1e-9) - 1
+        needed = f"{count:,.0f}" if count < 1e9 else f"{count:.0e}"
         raise ConfigError(
             f"the model was calibrated on {table.clips:,} videos, which promise no risk below {least_risk(table):g}",
             where=f"--exit-risk {risk:g}",
-            hint=f"Give --exit-risk {least_risk(table):g}, or calibrate on {needed:,} videos or more: "
+            hint=f"Give --exit-risk {least_risk(table):g}, or calibrate on {needed} videos or more: "
             "videogru model calibrate --help",
         )
     return table.thresholds[int(kept[0])]

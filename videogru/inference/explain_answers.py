@@ -56,7 +56,7 @@ def answer_explained(
     picture cannot be written.
     """
     if out is not None:
-        check_writable(out)
+        check_writable(out, [*asked, model])
     chosen = find_model(model) if model is not None else newest_fitting(asked, say)
     card = read_card(chosen)
     inputs = expand(asked, card.kind, say)

@@ -47,7 +47,7 @@ def answer_windows(
     beside `out`, else into timelines/. Raises what `answers.answer` and `read_timeline` raise.
     """
     if out is not None:
-        check_writable(out)
+        check_writable(out, [*asked, model])
     chosen = find_model(model) if model is not None else newest_fitting(asked, say)
     card = read_card(chosen)
     predictor = Predictor.from_file(chosen, device=device, data=data_settings(card, settings))
@@ -82,7 +82,7 @@ def answer_windows(
             file.write(written)
         say(f"{len(records)} rows written to {out}")
     if failed:
-        say(f"{_count(failed, 'input')} failed; the others are done")
+        say(f"{_count(failed, 'input')} failed{'; the others are done' if len(records) > failed else ''}")
     return failed
 
 

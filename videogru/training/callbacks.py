@@ -15,6 +15,7 @@ from videogru.config import TrainConfig
 from videogru.errors import DataError
 from videogru.training.task import SequenceTask
 
+NEWS_SECONDS = 60.0
 BAD_FILES = "bad_files.csv"
 BY_CHECK = "check"
 _BAD_FILE_HEADER = "row,source,reason,found_by\n"
@@ -145,6 +146,24 @@ class Scores(Callback):
         left = (epochs - done) * self.seconds / max(1, len(self.history))
         best = "  * best" if self.best.get("epoch") == row["epoch"] else ""
         return f"epoch {done:>{len(str(epochs))}}/{epochs}  {scores}  {row['seconds']:.1f} s  left {_clock(left)}{best}"
+
+
+class StepNews(Callback):
+    """Says now and then how far an epoch is, where no bar shows it: a log must not stand still for an hour."""
+
+    def __init__(self, say: Callable[[str], None], steps: int) -> None:
+        self.say, self.steps, self._told = say, steps, 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Short epochs tell of themselves."""
+        self._told = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """A line where the last one is long ago."""
+        if time.monotonic() - self._told >= NEWS_SECONDS:
+            self._told = time.monotonic()
+            done = trainer.global_step - trainer.current_epoch * self.steps
+            self.say(f"epoch {trainer.current_epoch + 1}, step {done} of {self.steps}")
 
 
 def rank(scores: dict[str, float]) -> tuple[float, float]:

@@ -32,7 +32,7 @@ from videogru.golden import add_golden_sample
 from videogru.modelfile import MODEL_FILE_NAME, ModelCard, TeacherFacts, make_card, write_model
 from videogru.models.classifier import Classifier
 from videogru.training.averaging import weight_average
-from videogru.training.callbacks import BadFiles, Scores
+from videogru.training.callbacks import BadFiles, Scores, StepNews
 from videogru.training.compiling import check_compiles
 from videogru.training.groups import muon_groups
 from videogru.training.memory import keep_freed_memory
@@ -234,8 +234,7 @@ def _optimize(
     callbacks: list[Callback] = [scores]
     if train.ema_decay:
         callbacks.append(weight_average(train.ema_decay))
-    if progress:
-        callbacks.append(TQDMProgressBar(leave=False))
+    callbacks.append(TQDMProgressBar(leave=False) if progress else StepNews(say, steps))
     file = StateFile(state)
     saving = SaveState(run, file, every_minutes=train.save_every_minutes, facts=facts, say=say, group=group)
     callbacks.append(saving)
@@ -276,8 +275,9 @@ def _optimize(
         )
         # Its handler of SIGTERM would leave in mid-validation, and send to the other processes unasked.
         trainer._signal_connector.register_signal_handlers = lambda: None
+        count = f"{steps} step{'s' * (steps != 1)}"
         among = f", {group.world} processes" if group.world > 1 else ""
-        say(f"training on {trainer.strategy.root_device}{among}, {trainer.precision} precision, {steps} steps an epoch")
+        say(f"training on {trainer.strategy.root_device}{among}, {trainer.precision} precision, {count} an epoch")
         try:
             with saving.listen():
                 checkpoint = None if state is None else run / STATE_FILE
