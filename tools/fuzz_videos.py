@@ -156,7 +156,7 @@ def plain_decode(path: Path, *, held: int = 0) -> tuple[list[NDArray[np.uint8]],
     with av.open(str(path), metadata_errors="replace") as container:
         stream = container.streams.best("video")
         stream.thread_type = "NONE"
-        # dav1d takes threads all the same, holds frames back for them, and loses these where the last packet is damaged.
+        # dav1d takes threads all the same, and loses the frames that they hold where the last packet is damaged.
         stream.codec_context.thread_count = 1
         size: tuple[int, int] | None = None
         for packet in container.demux(stream):

@@ -84,8 +84,6 @@ def _file_hash(path: Path) -> str:
 def _refuse_lost_frames(whole: WholeVideo, path: Path) -> None:
     if whole.decoded < whole.promised:
         raise SourceError(f"has {whole.promised} frames, {whole.decoded} can be decoded", where=path)
-    if whole.declared is not None and whole.packets < whole.declared:
-        raise SourceError(f"is cut off: declares {whole.declared} frames, holds {whole.packets}", where=path)
     if whole.damaged:
         raise SourceError(f"{whole.damaged} frames are damaged, {whole.decoded} can be decoded", where=path)
 

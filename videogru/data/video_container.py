@@ -1,11 +1,8 @@
 """What all readers of containers share: which stream is the video, and how its frames are turned into upright RGB."""
 
-import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
@@ -17,8 +14,6 @@ from videogru.errors import SourceError
 MAX_FRAME_PIXELS = 2**26  # twice 8K; a damaged header claims anything
 _AVI_TAIL = 1024  # bytes: about so few at the end, which are its index, writers disagree
 _RIFF_HEAD = 8  # bytes: its name, and how many come after them
-# Before PyAV 17 there was no other way than one thread.
-_ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 
 
 def video_stream(container: Any, where: object) -> Any:
@@ -44,28 +39,34 @@ def video_stream(container: Any, where: object) -> Any:
     return streams[0]
 
 
-def refuse_cut_off(path: Path, formats: Collection[str], *, declared: int, held: int) -> None:
-    """Raise SourceError where a container says exactly how much it holds, and the file ends before.
+def refuse_cut_off(container: Any, stream: Any, path: Path) -> None:
+    """Raise SourceError where an opened container knows where its video ends, and the file ends before.
 
-    MP4: its tables count the frames (`declared`, 0 where they do not; `held`: packets that the file has). AVI: the size
-    of its first RIFF chunk; its own count of frames includes those that were dropped when it was made.
+    MP4: its tables say where each frame lies; AVI: the size of its first RIFF chunk. Counts of frames say less: those
+    of AVI include frames that were dropped when it was made, those of MP4 what an edit list leaves out.
     """
-    if "mp4" in formats and held < declared:
-        what = f"is cut off: declares {declared} frames, holds {held}"
-    elif "avi" in formats and (missing := _missing_of_avi(path)) > _AVI_TAIL:
-        what = f"is cut off: {missing:,} bytes of it are missing"
+    formats = set(container.format.name.split(","))
+    if "mp4" in formats:
+        end, allowed = max((entry.pos + entry.size for entry in stream.index_entries), default=0), 0
+    elif "avi" in formats:
+        end, allowed = _end_of_avi(path), _AVI_TAIL
     else:
         return
-    raise SourceError(what, where=path, hint="`ffmpeg -i INPUT OUTPUT.mp4` keeps what can be saved.")
+    size = path.stat().st_size
+    if end - allowed > size:
+        raise SourceError(
+            f"is cut off: it has {size:,} bytes, and its header speaks of {end:,}",
+            where=path,
+            hint="`ffmpeg -i INPUT OUTPUT.mp4` keeps what can be saved.",
+        )
 
 
-def _missing_of_avi(path: Path) -> int:
+def _end_of_avi(path: Path) -> int:
     with path.open("rb") as file:
         head = file.read(_RIFF_HEAD)
-        size = os.fstat(file.fileno()).st_size
-    # Writers that never came to the end left 0, or nothing that could be true.
+    # Writers that never came to the end left a size of 0.
     known = len(head) == _RIFF_HEAD and head[:4] == b"RIFF"
-    return int.from_bytes(head[4:], "little") + _RIFF_HEAD - size if known else 0
+    return int.from_bytes(head[4:], "little") + _RIFF_HEAD if known else 0
 
 
 def picture_of(frame: Any, stream: Any) -> Picture:
@@ -82,7 +83,7 @@ def upright(frame: Any, picture: Picture, reformatter: VideoReformatter) -> NDAr
     """A decoded frame as RGB (H W 3) of the first frame's size, turned as the file asks for."""
     width, height = picture.size
     # A stream may change its size midway; like FFmpeg, keep the first.
-    rgb: Any = reformatter.reformat(frame, width=width, height=height, format="rgb24", **_ONE_THREAD)
+    rgb: Any = reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
     pixels: NDArray[np.uint8] = rgb.to_ndarray()
     if picture.transposed:
         pixels = pixels.transpose(1, 0, 2)

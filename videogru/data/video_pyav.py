@@ -156,6 +156,7 @@ class PyavVideo:
             what = "is a list of other files"
             raise SourceError(what, where=self.path, hint="Give a file that holds the video itself.")
         self._stream = video_stream(self._container, self.path)
+        refuse_cut_off(self._container, self._stream, self.path)
         self._untouched = True
 
     def _index(self) -> None:
@@ -181,7 +182,7 @@ class PyavVideo:
         stream, codec = self._stream, self._stream.codec_context
         first: Any = None
         rows: list[int] = []
-        trusted, held = True, 0
+        trusted = True
         vp8 = codec.name in ("vp8", "libvpx")
         for packet in self._demux():
             if first is None:
@@ -192,7 +193,6 @@ class PyavVideo:
                 first = next((frame for frame in frames if not frame.is_corrupt), None)
                 # What a decoder makes of damage depends on all that it had before.
                 trusted = trusted and not any(frame.is_corrupt for frame in frames)
-            held += packet.size > 0 and not packet.is_corrupt
             if packet.size == 0 or packet.is_corrupt:
                 continue
             if packet.pts is None:
@@ -206,7 +206,6 @@ class PyavVideo:
         table = PacketTable.of(rows)
         self._describe(first)
         formats = set(self._container.format.name.split(","))
-        refuse_cut_off(self.path, formats, declared=int(stream.frames), held=held)
         if "avi" in formats:  # AVI has no time stamps: FFmpeg makes them up, wrongly for B-frames.
             reordered = codec.has_b_frames or codec.name in ("h264", "hevc")
             trusted = trusted and not reordered and table.in_order

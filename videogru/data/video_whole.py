@@ -19,15 +19,14 @@ from videogru.errors import SourceError
 class WholeVideo:
     """What decoding every packet gave, beside what the index had promised.
 
-    promised, decoded: frames; declared: by the container, or None; packets: that the file holds; damaged: packets and
-    frames that the decoder refused; kept: results of `keep` at the wanted frames; pixel_hash: of all decoded pixels.
+    promised, decoded: frames; declared: by the container, or None; damaged: packets and frames that the
+    decoder refused; kept: results of `keep` at the wanted frames; pixel_hash: of all decoded pixels.
     """
 
     positions: NDArray[np.float64]
     extent: tuple[float, float]
     details: dict[str, object]
     decoded: int
-    packets: int
     damaged: int
     kept: list[Any]
     pixel_hash: str
@@ -59,12 +58,11 @@ def decode_whole(
         turned = f"{video.details['width']}x{video.details['height']} {video.details['rotation_degrees']}"
         digest = hashlib.blake2b(turned.encode(), digest_size=16)
         kept: list[Any] = []
-        decoded = packets = damaged = 0
+        decoded = damaged = 0
 
         def decode() -> None:
-            nonlocal decoded, packets, damaged
+            nonlocal decoded, damaged
             for packet in video.packets():
-                packets += packet.size > 0
                 try:
                     frames = packet.decode()
                 except FFmpegError:
@@ -84,7 +82,7 @@ def decode_whole(
         if not decoded:
             raise SourceError("not one frame can be decoded", where=path, hint="Check that it plays.")
         details = dict(video.details)
-        return WholeVideo(video.positions, video.extent, details, decoded, packets, damaged, kept, digest.hexdigest())
+        return WholeVideo(video.positions, video.extent, details, decoded, damaged, kept, digest.hexdigest())
 
 
 def _stored(frame: Any, video: PyavVideo) -> Any:
