@@ -105,6 +105,7 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
     [
         *("model.hidden_size=1000000000", "model.num_layers=100000", "model.encoder_width=1000000000"),
         *("data.frame_size=1000000", "data.frame_size=1", "data.num_frames=10000000000"),
+        *("train.epochs=true", "data.frame_size=false", "train.num_workers=true", "model.lookahead=true"),
         *("train.num_workers=1000", "train.seed=1700000000123", "train.lr=.inf", "train.devices=2000"),
     ],
 )

@@ -86,6 +86,9 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> Config:
             origins[key] = origin
     nested: dict[str, Any] = {}
     for key, value in merged.items():
+        if type(value) is bool and not _takes_yes_or_no(key):  # pydantic takes true for 1
+            what = f"{key} = {str(value).lower()}: a yes or no, where another value is wanted"
+            raise ConfigError(what, where=origins[key])
         *sections, last = key.split(".")
         place = nested
         for section in sections:
@@ -104,6 +107,14 @@ def resolve_config(*layers: tuple[str, Mapping[str, Any]]) -> Config:
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"unknown key {key!r}", where=given_in, hint=nearest(key, known_keys()) or None) from None
         raise ConfigError(f"{key} = {first['input']!r}: {first['msg'].lower()}", where=given_in) from None
+
+
+def _takes_yes_or_no(key: str) -> bool:
+    """Whether the default is one; of unknown keys nothing is said here."""
+    value: object = Config()
+    for part in key.split("."):
+        value = getattr(value, part, True)
+    return isinstance(value, bool)
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
