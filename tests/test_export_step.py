@@ -1,6 +1,8 @@
 """The graph of one frame of a stream: the same answers as whole clips, for every kind of state."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +16,11 @@ from stream_sources import write_stream_model
 from videogru.config import DataConfig, ModelConfig
 from videogru.data.streams import open_stream
 from videogru.deploy import export
+from videogru.deploy.examples import example_for
 from videogru.deploy.replay import replay
 from videogru.deploy.stream import Progress, StreamClassifier, check_calibrated, follow
 from videogru.errors import ConfigError
+from videogru.exported.folder import EXAMPLE_NAME, read_export_card
 from videogru.exported.run import open_exported
 from videogru.inference.predict import Predictor
 from videogru.modelfile import make_card, read_model
@@ -160,3 +164,18 @@ def test_an_export_of_whole_clips_follows_no_stream(tmp_path: Path) -> None:
     export.build(folder, classifier, card, [], format="onnx", precision="fp32")
     with pytest.raises(ConfigError, match="(?s)takes whole clips.*--step"):
         StreamClassifier(Predictor.from_file(folder, device="cpu"))
+
+
+def test_the_example_of_a_step_reads_gaps(tmp_path: Path) -> None:
+    model, batch = a_model(use_gaps=True), clips()
+    folder = made(model, tmp_path / "made", "onnx", "fp32")
+    (folder / EXAMPLE_NAME).write_text(example_for(read_export_card(folder)))
+    np.save(tmp_path / "frames.npy", batch.frames[0].numpy())
+    np.save(tmp_path / "gaps.npy", batch.gaps[0].numpy())
+    command = [sys.executable, str(folder / EXAMPLE_NAME), str(tmp_path / "frames.npy")]
+    ended = subprocess.run([*command, str(tmp_path / "gaps.npy")], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    best = wanted(model)[0]
+    assert ended.stdout == f"{'abcd'[best.argmax()]} {best.max():.3f}\n"
+    short = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert short.returncode == 1 and "FRAMES.npy GAPS.npy" in short.stderr and "Traceback" not in short.stderr

@@ -58,12 +58,13 @@ read = lambda given: {{name: np.array(model(given)[name]) for name in names}}
 }
 _STREAM = """states = json.loads((folder / "card.json").read_text(encoding="utf-8"))["states"]
 state = {name: np.full((1, *s["shape"]), s["fill"], dtype=s["type"]) for name, s in states.items()}
-for frame in frames:
-    said = read({"frame": frame[None], **state})
+for place in range(len(frames)):
+    said = read({"frame": frames[[place]], **state@GAP@})
     probabilities = said["probabilities"]
     state = {name: said[f"{name}.next"] for name in state}
 """
-_EACH, _EACH_AND_GAP = "for frame in frames:", "for frame, gap in zip(frames, gaps.reshape(-1, 1)):"
+_STREAM_GAPS = """gaps = np.load(sys.argv[2]).astype(np.float32)  # (length): seconds or mm to the step before
+"""
 _TAIL = """best = int(probabilities[0].argmax())
 print(f"{labels[best]} {probabilities[0, best]:.3f}")
 """
@@ -99,8 +100,6 @@ def example_for(card: ExportCard) -> str:
     body = (_STEPS if card.step else _RUN)[card.format]
     body = body.format(settings=settings, options=options, given=given)
     if card.step:
-        gaps = ("gaps = np.load(sys.argv[2]).astype(np.float32)  # seconds or mm to the step before\n", ', "gap": gap')
-        before, gap = gaps if needs_gaps else ("", "")
-        stream = _STREAM if not needs_gaps else _STREAM.replace(_EACH, _EACH_AND_GAP)
-        return head + body + before + stream.replace("**state}", f"**state{gap}}}") + _TAIL
+        stream = _STREAM.replace("@GAP@", ', "gap": gaps[[place]]' if needs_gaps else "")
+        return head + body + (_STREAM_GAPS if needs_gaps else "") + stream + _TAIL
     return head + _CLIP + (_GAPS if needs_gaps else "") + body + _TAIL
