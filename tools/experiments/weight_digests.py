@@ -3,7 +3,7 @@
 python tools/experiments/weight_digests.py [--data SHARED/data] [--checkout DIR]
 
 Trains `grid_digits`, `adrenalmnist3d` and 5,000 images of CIFAR-100 (where its data are present) for one epoch on one
-thread, and prints the SHA-256 of all weights, by name and bit for bit, and the losses that each run logged. `--checkout`
+thread. Prints the SHA-256 of all weights, by name and bit for bit, and the losses that each run logged. `--checkout`
 runs the code of another checkout. Digests are comparable on one machine with one version of torch only.
 """
 
