@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint types floors check clean
+.PHONY: demo test test-tools test-slow lint types floors check clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "videogru needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
@@ -17,7 +17,10 @@ demo: $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not slow' -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m 'not slow' -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/tools
+
+test-tools: $(READY)
+	$(BIN)/python -m pytest -m 'not slow' -q -n 2 --dist loadfile --no-loadscope-reorder tests/tools
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q
@@ -32,7 +35,7 @@ types: $(READY)
 floors: $(READY)
 	$(BIN)/lint-imports
 
-check: lint types floors test
+check: lint types floors test test-tools
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -7,9 +7,12 @@ from pathlib import Path
 
 # A prompt torch import and no GPU surprises; before anything imports torch or Matplotlib.
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Child processes run this checkout too, wherever they start.
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # jaxtyping's hook has its own bytecode files, also of what a module of videogru is first to import: compiled anew for
 # every run, unless it is there already.
@@ -27,7 +30,7 @@ for library in (
     if importlib.util.find_spec(library.split(".")[0]):  # what is optional skips its tests by itself
         importlib.import_module(library)
 
-from command_line import KINDS, QUICK, videogru  # noqa: E402
+from tests.support.command_line import KINDS, QUICK, videogru  # noqa: E402
 
 torch.set_num_threads(1)
 # Millions of objects of libraries and tests, which live as long as the process: not searched for garbage, as they come
@@ -37,7 +40,6 @@ gc.disable()
 # their threads running a forked child can take no gradient. So the first one is now.
 torch.ones(1, requires_grad=True).sum().backward()
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 

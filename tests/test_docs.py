@@ -15,11 +15,11 @@ def test_settings_and_tests_that_are_named_exist(repository: Path, name: str) ->
     text = (repository / name).read_text(encoding="utf-8")
     keys = set(re.findall(r"\b(?:data|model|train)\.[a-z_]+(?:\.[a-z_]+)?(?==)", text))
     assert keys <= set(known_keys())
-    code = "\n".join(path.read_text(encoding="utf-8") for path in (repository / "tests").glob("test_*.py"))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (repository / "tests").rglob("test_*.py"))
     tests = set(re.findall(r"\btest_\w+\b(?!\.\w)", text)) - {"test_fraction"}
     assert not [test for test in tests if f"def {test}(" not in code]
     files = set(re.findall(r"\btest_\w+\.py\b", text))
-    assert not [file for file in files if not (repository / "tests" / file).is_file()]
+    assert files <= {path.name for path in (repository / "tests").rglob("test_*.py")}
     if name == "docs/article.md":
         assert len(tests) > 20 and len(keys) > 15
 
@@ -37,5 +37,6 @@ def test_links_and_tools_that_are_named_exist(repository: Path, name: str) -> No
     text = place.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert not [link for link in links if not (place.parent / link).exists()]
-    tools = set(re.findall(r"\btools/\w+\.py\b", text))
+    tools = set(re.findall(r"\btools/[\w/]+\.py\b", text))
+    tools |= {name.replace(".", "/") + ".py" for name in re.findall(r"python -m (tools[.\w]+)", text)}
     assert not [tool for tool in tools if not (repository / tool).is_file()]

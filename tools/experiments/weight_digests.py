@@ -1,13 +1,12 @@
 """Digests of trained weights: one seeded epoch of three datasets. Equal digests before and after mean equal training.
 
-python tools/experiments/weight_digests.py [--data SHARED/data] [--checkout DIR]
+python -m tools.experiments.weight_digests [--data SHARED/data] [--checkout DIR]
 
 Trains `grid_digits`, `adrenalmnist3d` and 5,000 images of CIFAR-100 (where its data are present) for one epoch on one
 thread. Prints the SHA-256 of all weights, by name and bit for bit, and the losses that each run logged. `--checkout`
 runs the code of another checkout. Digests are comparable on one machine with one version of torch only.
 """
 
-import argparse
 import hashlib
 import os
 import subprocess
@@ -19,13 +18,15 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
+from tools.measuring import Parser
+
 ROOT = Path(__file__).resolve().parents[2]
 CIFAR_CLASSES, CIFAR_ROWS = 10, 500
 
 
 def main() -> None:
     """Train each dataset and print its digest."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="Folder with cifar100/.")
     parser.add_argument("--checkout", type=Path, default=ROOT, help="Checkout whose code trains.")
     options = parser.parse_args()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from videogru.checking.signature import MOTION_BITS, SCENE_BITS, SIGNATURE_BYTES
 
-# Measured by tools/bench_duplicates.py, which shows what they tell apart.
+# Measured by tools/benchmarks/bench_duplicates.py, which shows what they tell apart.
 STILL_SCENE = 0.1  # largest share of differing signs between two stills, or two clips without motion
 MOVING_SCENE = 0.1  # between clips whose motion decides
 MOTION = 0.04  # of the signs of the motion, in each quarter of the clip

@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed tensors for the next ones; True where that was possible (Linux with glibc).
 
     By default it maps each large tensor anew, and the kernel fills it with zeros page by page. What that costs depends
-    on the machine: tools/bench_training.py measures it. The process then keeps its largest size until it ends.
+    on the machine (measured by tools/benchmarks/bench_training.py). The process keeps its largest size until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False
