@@ -363,8 +363,8 @@ def markdown(content: Mapping[str, Any], stem: str) -> str:
         "",
         f"AdrenalMNIST3D 28³, {volumes['train']} volumes to train, {volumes['val']} to choose the epoch, "
         f"{volumes['test']} to test, half of each with a mark in one to three slices; {content['epochs']} epochs, seed "
-        f"{content['seed']}. What the columns mean: `tools/benchmarks/bench_explain.py`. Intervals: 95 %, bootstrap over "
-        "the volumes; one training of each model, so nothing on the spread over seeds.",
+        f"{content['seed']}. What the columns mean: `tools/benchmarks/bench_explain.py`. Intervals: 95 %, bootstrap "
+        "over the volumes; one training of each model, so nothing on the spread over seeds.",
         "",
         f"![hits and deletion curves]({stem}.png)",
         "",

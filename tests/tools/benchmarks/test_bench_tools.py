@@ -211,7 +211,7 @@ def test_bench_training_writes_both_files(
     bench_training.main(["--what", "options", "--warmup=1", "--steps=1", "--rounds=1", "--out", str(tmp_path)])
     text = (tmp_path / "training-speed.md").read_text()
     assert text in capsys.readouterr().out
-    assert "- command: `python tools/" in text and "fp32, channels_last" in text
+    assert "- command: `python -m tools.benchmarks.bench_training" in text and "fp32, channels_last" in text
     figures = json.loads((tmp_path / "training-speed.json").read_text())
     assert [len(group["rows"]) for group in figures["groups"]] == [2, 2]
     assert figures["settings"] == {"warmup": 1, "steps": 1, "rounds": 1}

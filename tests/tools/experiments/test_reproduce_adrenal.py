@@ -70,7 +70,7 @@ def test_peers_read_what_our_run_of_the_same_seed_read(tmp_path: Path):
     found = reproduce_adrenal.jobs(tmp_path, 28, None, ("plain", "r3d_18"), (0, 1), (1,))
     assert [job.run.name for job in found] == ["28-plain-seed0", "28-plain-seed1", "28-r3d_18-seed1"]
     command = found[2].command()
-    assert command[2] == str(tmp_path / "28-plain-seed1") and command[-4:-2] == ["--net", "r3d_18"]
+    assert command[3] == str(tmp_path / "28-plain-seed1") and command[-4:-2] == ["--net", "r3d_18"]
 
 
 @pytest.mark.slow
