@@ -15,7 +15,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from videogru.data.card import load_card
+from videogru.data.manifests.dataset_card import load_card
 
 
 def run(*arguments: str) -> str:

@@ -9,7 +9,7 @@ _PUBLIC = {
     "Classifier": "videogru.models.classifier",
     "FrameSequence": "videogru.sequence",
     "Predictor": "videogru.inference.predict",
-    "open_source": "videogru.data.sources",
+    "open_source": "videogru.data.readers.open",
 }
 __all__ = ["Classifier", "FrameSequence", "Predictor", "__version__", "open_source"]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from videogru.config import SPLITS, Config, DataConfig, Kind, Split
-from videogru.data.bids import is_bids
-from videogru.data.dataset import ClipDataset
-from videogru.data.feature_store import FeatureRows
-from videogru.data.layouts import Corpus, open_corpus
-from videogru.data.views import ONE_VIEW, Views, check_views
+from videogru.data.clips.views import ONE_VIEW, Views, check_views
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.feature_store import FeatureRows
+from videogru.data.manifests.bids import is_bids
+from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.exported.folder import is_exported
 from videogru.inference.evaluate import Evaluation, evaluate

@@ -13,13 +13,13 @@ from videogru.checking.check_table import RECORDS, STATUSES, TABLE, Finding
 from videogru.checking.scan_sheet import write_frame_sheet, write_scan_sheet
 from videogru.checking.skipping import CHECKS
 from videogru.config import SPLITS, Config
-from videogru.data.dicom_files import holds_dicom
-from videogru.data.frame_folder import is_frame_folder
-from videogru.data.frames import kind_of_name, kind_of_source
-from videogru.data.scan_facts import describe_scan, describe_steps, spacing_of
-from videogru.data.sources import open_source
-from videogru.data.video import check_decoder
-from videogru.data.volume import Volume, chosen_axis
+from videogru.data.readers.dicom_files import holds_dicom
+from videogru.data.readers.file_types import kind_of_name, kind_of_source
+from videogru.data.readers.open import open_source
+from videogru.data.readers.video.frame_folder import is_frame_folder
+from videogru.data.readers.video.open import check_decoder
+from videogru.data.readers.volume.describe import describe_scan, describe_steps, spacing_of
+from videogru.data.readers.volume.volume import Volume, chosen_axis
 from videogru.errors import ConfigError
 from videogru.resources import card_names
 from videogru.runfolder import folder_stem

@@ -195,7 +195,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a split: metrics with 95 % intervals, predictions, report."""
     from videogru.assessing import evaluate_run
-    from videogru.data.views import parse_views
+    from videogru.data.clips.views import parse_views
 
     outcome = evaluate_run(
         run_or_model,

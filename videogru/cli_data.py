@@ -25,7 +25,7 @@ data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_mar
 @data_app.command(name="list", epilog="[bold]Example[/bold]\n\nvideogru data list")
 def data_list() -> None:
     """Data sets that ship with a card, and whether their data are here."""
-    from videogru.data.describe import list_cards
+    from videogru.data.manifests.describe import list_cards
 
     show_cards(list_cards())
 

@@ -60,7 +60,7 @@ def infer(
     set_: DataSetOption = None,
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
-    from videogru.data.views import parse_views
+    from videogru.data.clips.views import parse_views
     from videogru.inference import answers, explain_answers, timeline_answers
     from videogru.inference.timeline import MIN_CONFIDENCE
     from videogru.settings import parse_assignments

@@ -2,7 +2,7 @@
 
   model.safetensors   the model whose encoder made them
   settings.json       key of that encoder, how sources are read, the form of a clip's features
-  features.f32, index.jsonl   see data/feature_store.py
+  features.f32, index.jsonl   see data/loading/feature_store.py
 
 Everything is named by content. The folder's key stands for the encoder's weights, its settings and the reading of
 frames; a row's key for the bytes of its source, its window, the reading and the versions of what reads and computes.
@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from videogru import __version__
 from videogru.config import AugmentConfig, Config, DataConfig, Kind, ModelConfig
-from videogru.data.feature_store import Entry, FeatureRows, mapped, read_index
-from videogru.data.identity import Identities, Identity
-from videogru.data.layouts import Corpus
+from videogru.data.loading.content_hash import Identities, Identity
+from videogru.data.loading.feature_store import Entry, FeatureRows, mapped, read_index
+from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.modelfile import MODEL_FILE_NAME, ModelCard, read_model
 from videogru.models.classifier import Classifier

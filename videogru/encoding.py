@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from videogru.config import SPLITS, DataConfig
-from videogru.data.bids import is_bids
-from videogru.data.feature_store import ARRAY, FeatureWriter
-from videogru.data.layouts import Corpus, open_corpus
-from videogru.data.video import check_decoder
+from videogru.data.loading.feature_store import ARRAY, FeatureWriter
+from videogru.data.manifests.bids import is_bids
+from videogru.data.manifests.corpus import Corpus, open_corpus
+from videogru.data.readers.video.open import check_decoder
 from videogru.encoded import SETTINGS, FeatureSettings, RowKeys, open_features, settings_of
 from videogru.errors import ConfigError, DataError, Interrupted, ModelFileError
 from videogru.inference.answers import Progress

@@ -17,12 +17,12 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from videogru.config import DataConfig, Kind
-from videogru.data.batching import Item, collate
-from videogru.data.frames import FrameSource
-from videogru.data.scan import Scan
-from videogru.data.sources import read_clip
-from videogru.data.transforms import prepare_clip
-from videogru.data.volume import volume_of
+from videogru.data.clips.read_clip import read_clip
+from videogru.data.clips.transforms import prepare_clip
+from videogru.data.loading.batching import Item, collate
+from videogru.data.readers.source import FrameSource
+from videogru.data.readers.volume.scan import Scan
+from videogru.data.readers.volume.volume import volume_of
 from videogru.errors import DataError
 from videogru.modelfile import FORMAT_VERSION, GoldenSample, ModelCard, read_model, write_model
 from videogru.models.classifier import Classifier

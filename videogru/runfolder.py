@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from videogru.config import Config, Split
-from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import ConfigError, DataError, VideogruError
 from videogru.inference.predictions import atomic_text
 from videogru.modelfile import MODEL_FILE_NAME

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.support.command_line import KINDS, QUICK, videogru
-from videogru.data.card import load_card
+from videogru.data.manifests.dataset_card import load_card
 from videogru.inference.predictions import read_csv
 
 

@@ -330,7 +330,7 @@ def test_arrays() -> None:
 
     from videogru.checking.check import Opened, check_corpus
     from videogru.config import DataConfig
-    from videogru.data.layouts import open_corpus
+    from videogru.data.manifests.corpus import open_corpus
 
     data = DataConfig(dataset="adrenalmnist3d").for_kind("volume")
     corpus = open_corpus(data)

@@ -10,7 +10,7 @@ import pytest
 from tests.support.command_line import QUICK, videogru, write_video
 from videogru.checking.skipping import bad_rows
 from videogru.config import DataConfig
-from videogru.data.layouts import open_corpus
+from videogru.data.manifests.corpus import open_corpus
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_a_thousand_clips_of_one_mouth_are_no_duplicates() -> None:
     """The digits that ship: half a million pairs of different clips, of 0.4 to 0.7 seconds each."""
     from videogru.checking.duplicates import _unpacked
     from videogru.config import DataConfig
-    from videogru.data.layouts import open_corpus
+    from videogru.data.manifests.corpus import open_corpus
 
     data = DataConfig(dataset="grid_digits").for_kind("video")
     manifest = open_corpus(data).manifest

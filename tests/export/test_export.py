@@ -18,7 +18,7 @@ import torch
 
 from tests.support.command_line import videogru
 from videogru.assessing import open_run
-from videogru.data.dataset import ClipDataset
+from videogru.data.loading.clip_dataset import ClipDataset
 from videogru.deploy import export, gate, graph
 from videogru.errors import GateRefused, ModelFileError
 from videogru.exported.folder import read_export_card

@@ -14,7 +14,7 @@ import torch
 from tests.support.small_models import stirred_classifier
 from tests.support.stream_sources import write_stream_model
 from videogru.config import DataConfig, ModelConfig
-from videogru.data.streams import open_stream
+from videogru.data.readers.stream import open_stream
 from videogru.deploy import export
 from videogru.deploy.examples import example_for
 from videogru.deploy.replay import replay

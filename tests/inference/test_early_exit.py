@@ -14,10 +14,10 @@ from tests.support.command_line import QUICK, videogru, write_video
 from tests.support.small_models import rewrite
 from tests.support.stream_sources import web_server, with_exits, write_stream_model
 from videogru.config import DataConfig
-from videogru.data.dataset import ClipDataset
-from videogru.data.layouts import open_corpus
-from videogru.data.streams import open_stream
-from videogru.data.video_pyav import PyavVideo
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.manifests.corpus import open_corpus
+from videogru.data.readers.stream import open_stream
+from videogru.data.readers.video.pyav_reader import PyavVideo
 from videogru.deploy.stream import Progress, StreamClassifier, check_has_end, follow, step_seconds_of
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.golden import add_golden_sample, verify_model

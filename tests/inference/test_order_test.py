@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from videogru.config import DataConfig, ModelConfig
-from videogru.data.layouts import Corpus
-from videogru.data.manifest import build_manifest
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.manifests.manifest import build_manifest
 from videogru.errors import ConfigError, DataError
 from videogru.inference.metrics import paired_difference
 from videogru.inference.predict import Predictor

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from videogru.config import ModelConfig
-from videogru.data.layouts import Corpus
-from videogru.data.manifest import build_manifest
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.manifests.manifest import build_manifest
 from videogru.models.classifier import Classifier
 from videogru.models.recurrent import Recurrent
 from videogru.runs import settings_for_training

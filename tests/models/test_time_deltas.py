@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from videogru.config import AugmentConfig, DataConfig, ModelConfig
-from videogru.data.augment import drop_steps
-from videogru.data.batching import Item, collate
+from videogru.data.clips.augment import drop_steps
+from videogru.data.loading.batching import Item, collate
 from videogru.models.classifier import Classifier
 from videogru.models.gaps import GapEmbedding
 from videogru.sequence import FrameSequence, SequenceBatch
@@ -113,7 +113,7 @@ def test_dropped_steps_keep_their_places():
 
 def test_training_clips_lose_steps_and_evaluated_ones_do_not():
     from tests.data.loading.test_clip_dataset import corpus
-    from videogru.data.dataset import ClipDataset
+    from videogru.data.loading.clip_dataset import ClipDataset
 
     volumes = corpus("volume", np.random.default_rng(0).integers(0, 256, (5, 12, 1, 8, 8), dtype=np.uint8))
     augment = AugmentConfig(drop_steps=0.8)

@@ -15,9 +15,9 @@ import torch
 
 from tests.training.test_fit import bars, settings
 from videogru.config import Config
-from videogru.data import datamodule
-from videogru.data.batching import EpochBatches, Loaded
-from videogru.data.layouts import Corpus
+from videogru.data.loading import datamodule
+from videogru.data.loading.batching import EpochBatches, Loaded
+from videogru.data.manifests.corpus import Corpus
 from videogru.errors import VideogruError
 from videogru.training.fit import fit
 from videogru.training.processes import ALONE, Group, joined, this_group

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from tests.support.thinning import thinned
 from videogru.config import Config
-from videogru.data.layouts import Corpus
-from videogru.data.manifest import build_manifest
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.manifests.manifest import build_manifest
 from videogru.errors import ConfigError, DataError, Interrupted
 from videogru.settings import resolve_config
 from videogru.training.callbacks import Scores
@@ -109,7 +109,7 @@ class StopAt:
     """Says stop (Ctrl-C) as the terminal would, in the given call of the augmentation, that is at that step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
-        from videogru.data import datamodule
+        from videogru.data.loading import datamodule
 
         self.calls, real = 0, datamodule.augment_batch
 

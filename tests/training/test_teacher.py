@@ -9,7 +9,7 @@ import torch
 
 from tests.training.test_fit import StopAt, bars, losses, same, settings, train
 from videogru.config import Config, TrainConfig
-from videogru.data.layouts import Corpus
+from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, DataError, Interrupted
 from videogru.modelfile import make_card, read_card, write_model
 from videogru.models.digest import weights_digest

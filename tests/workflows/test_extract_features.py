@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from tests.support.command_line import KINDS, videogru, write_picture, write_video, write_volume
 from videogru import encoded as encoded_module
 from videogru.config import Config
-from videogru.data.dataset import ClipDataset
-from videogru.data.feature_dataset import FeatureDataset
-from videogru.data.feature_store import ARRAY, INDEX, FeatureWriter, read_index
-from videogru.data.layouts import open_corpus
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.feature_dataset import FeatureDataset
+from videogru.data.loading.feature_store import ARRAY, INDEX, FeatureWriter, read_index
+from videogru.data.manifests.corpus import open_corpus
 from videogru.encoded import features_of, open_features
 from videogru.encoding import encode_data
 from videogru.errors import DataError, Interrupted

@@ -15,10 +15,11 @@ import torch
 
 from tests.support.stream_sources import CLASSES, web_server, write_stream_model
 from videogru.config import DataConfig
-from videogru.data.sources import open_source, read_clip
-from videogru.data.streams import open_stream
-from videogru.data.transforms import prepare_clip
-from videogru.data.video_stream import StreamFrame
+from videogru.data.clips.read_clip import read_clip
+from videogru.data.clips.transforms import prepare_clip
+from videogru.data.readers.open import open_source
+from videogru.data.readers.stream import open_stream
+from videogru.data.readers.video.live import StreamFrame
 from videogru.deploy import live
 from videogru.deploy.live import NewestFrames
 from videogru.deploy.stream import Progress, StreamClassifier, follow, parse_size, step_seconds_of

@@ -7,8 +7,8 @@ import pytest
 from videogru import runfolder, runs
 from videogru.assessing import with_classes_of
 from videogru.config import Config, DataConfig
-from videogru.data.layouts import Corpus
-from videogru.data.manifest import build_manifest
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.manifests.manifest import build_manifest
 from videogru.errors import ConfigError, DataError
 from videogru.settings import resolve_config
 

@@ -21,7 +21,7 @@ from tools.measuring import Parser
 from videogru.checking import near
 from videogru.checking.signature import SCENE_BITS, places, signatures, small_gray
 from videogru.config import DataConfig
-from videogru.data.layouts import open_corpus
+from videogru.data.manifests.corpus import open_corpus
 
 Frames = NDArray[np.uint8]  # (T H W 3)
 

@@ -39,8 +39,8 @@ from tools.measuring import (
 )
 from videogru.assessing import open_run, with_classes_of
 from videogru.config import SPLITS
-from videogru.data.streams import open_stream
-from videogru.data.video_index import kept_indexes
+from videogru.data.readers.stream import open_stream
+from videogru.data.readers.video.packet_index import kept_indexes
 from videogru.deploy.stream import Progress, StreamClassifier, follow, step_seconds_of
 from videogru.errors import ConfigError, DataError, SourceError
 from videogru.inference.early_exit import check_exits, known_exits, threshold_for

@@ -45,10 +45,10 @@ from tools.measuring import (
     write_text,
 )
 from videogru.config import Config
-from videogru.data.dataset import ClipDataset
-from videogru.data.layouts import Corpus, open_corpus
-from videogru.data.manifest import build_manifest
-from videogru.data.watchdog import Watch
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.worker_pool import Watch
+from videogru.data.manifests.corpus import Corpus, open_corpus
+from videogru.data.manifests.manifest import build_manifest
 from videogru.errors import DataError
 from videogru.inference.explain import PATCHES, Variants, covering_map, explain
 from videogru.inference.explain_picture import draw_explanation

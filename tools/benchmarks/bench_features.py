@@ -34,11 +34,12 @@ from tools.measuring import (
     write_text,
 )
 from videogru.config import Config
-from videogru.data.batching import EpochBatches, Loaded, OrderedBatches
-from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
-from videogru.data.feature_dataset import FeatureDataset
-from videogru.data.feature_store import FeatureRows
-from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.loading.batching import EpochBatches, Loaded, OrderedBatches
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.clip_loader import ClipLoader, default_workers
+from videogru.data.loading.feature_dataset import FeatureDataset
+from videogru.data.loading.feature_store import FeatureRows
+from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.encoded import Encoded, classifier_over, features_of, open_features, settings_over_features
 from videogru.encoding import encode_data
 from videogru.errors import DataError

@@ -43,16 +43,16 @@ from tools.measuring import (
     write_text,
 )
 from videogru.config import DataConfig
-from videogru.data.augment import sampling_draws
-from videogru.data.cache import FrameCache
-from videogru.data.dataset import ClipDataset
-from videogru.data.frames import kind_of_name, media_files
-from videogru.data.layouts import Corpus
-from videogru.data.manifest import build_manifest
-from videogru.data.sampling import random
-from videogru.data.sources import open_source
-from videogru.data.video import open_video
-from videogru.data.video_index import kept_indexes
+from videogru.data.clips.augment import sampling_draws
+from videogru.data.clips.sampling import random
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.frame_cache import FrameCache
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.manifests.manifest import build_manifest
+from videogru.data.readers.file_types import kind_of_name, media_files
+from videogru.data.readers.open import open_source
+from videogru.data.readers.video.open import open_video
+from videogru.data.readers.video.packet_index import kept_indexes
 from videogru.errors import DataError
 
 FRAMES = 16

@@ -36,9 +36,9 @@ from tools.measuring import (
     write_text,
 )
 from videogru.config import SPLITS
-from videogru.data.card import load_card
-from videogru.data.manifest import Manifest, missing_rows, read_manifest
-from videogru.data.splits import assign_splits
+from videogru.data.manifests.dataset_card import load_card
+from videogru.data.manifests.manifest import Manifest, missing_rows, read_manifest
+from videogru.data.manifests.splits import assign_splits
 from videogru.errors import DataError
 
 MIB = 2**20

@@ -27,8 +27,8 @@ import numpy as np
 from tools.fuzzing.video_mutations import RECIPES, collect_bases, make_video
 from tools.measuring import Parser, exit_code, last_error, machine, progress, write_json, write_picture
 from videogru.config import DataConfig
-from videogru.data.sampling import uniform
-from videogru.data.sources import open_source
+from videogru.data.clips.sampling import uniform
+from videogru.data.readers.open import open_source
 from videogru.errors import DataError
 
 FRAMES = 8

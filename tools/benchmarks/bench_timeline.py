@@ -27,7 +27,7 @@ from torchmetrics.functional.text import edit_distance
 
 from tools.measuring import Parser, exit_code, machine, machine_sentence, progress, write_json, write_text
 from videogru.config import SPLITS, DataConfig
-from videogru.data.layouts import open_corpus
+from videogru.data.manifests.corpus import open_corpus
 from videogru.errors import DataError, SourceError
 from videogru.inference.metrics import interval, resample_counts
 from videogru.inference.predict import Predictor

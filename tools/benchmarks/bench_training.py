@@ -48,8 +48,8 @@ from tools.measuring import (
     write_text,
 )
 from videogru.config import Config
-from videogru.data.datamodule import CorpusModule
-from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.loading.datamodule import CorpusModule
+from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.models.classifier import Classifier
 from videogru.resources import resource_dir
 from videogru.settings import read_settings_file, resolve_config

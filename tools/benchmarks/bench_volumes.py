@@ -53,8 +53,9 @@ Contender = Callable[[], Any]
 def ours(path: Path) -> Contender:
     """The way of `ClipDataset` outside of training."""
     from videogru.config import DataConfig
-    from videogru.data.sources import open_source, read_clip
-    from videogru.data.transforms import prepare_clip
+    from videogru.data.clips.read_clip import read_clip
+    from videogru.data.clips.transforms import prepare_clip
+    from videogru.data.readers.open import open_source
 
     data = DataConfig(frame_size=SIDE, num_frames=SLICES).for_kind("volume")
 
@@ -69,9 +70,9 @@ def ours(path: Path) -> Contender:
 def from_cache(path: Path, folder: Path, *, first: bool = False) -> Contender:
     """The same through the cache; first: forgets the hash of the file before each clip."""
     from videogru.config import DataConfig
-    from videogru.data.sources import read_clip
-    from videogru.data.transforms import prepare_clip
-    from videogru.data.volume_cache import VolumeCache
+    from videogru.data.clips.read_clip import read_clip
+    from videogru.data.clips.transforms import prepare_clip
+    from videogru.data.loading.volume_cache import VolumeCache
 
     data = DataConfig(frame_size=SIDE, num_frames=SLICES, cache="raw", cache_dir=folder).for_kind("volume")
     kept = VolumeCache(data)

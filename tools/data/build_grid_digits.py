@@ -20,8 +20,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from videogru.data.columns import Text
-from videogru.data.manifest import Manifest, read_manifest
+from videogru.data.manifests.columns import Text
+from videogru.data.manifests.manifest import Manifest, read_manifest
 
 FRAMES_PER_SECOND = 25
 MIN_PSNR = 30.0  # dB, of the luma of each frame

@@ -47,10 +47,10 @@ from tools.data.prepared_folder import (
 )
 from tools.measuring import Parser, exit_code
 from videogru.config import DataConfig
-from videogru.data.frames import FrameSource
-from videogru.data.sources import open_source
-from videogru.data.video import open_video
-from videogru.data.watchdog import watched_map
+from videogru.data.loading.worker_pool import watched_map
+from videogru.data.readers.open import open_source
+from videogru.data.readers.source import FrameSource
+from videogru.data.readers.video.open import open_video
 from videogru.errors import DataError, SourceError, VideogruError
 
 TICKS_PER_SECOND = 90_000

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tools.measuring import write_json
-from videogru.data.columns import Coded, Text
-from videogru.data.frames import kind_of_name, media_files
-from videogru.data.manifest import Manifest, read_manifest
-from videogru.data.table import TABLE_SUFFIXES
+from videogru.data.manifests.columns import Coded, Text
+from videogru.data.manifests.manifest import Manifest, read_manifest
+from videogru.data.manifests.table import TABLE_SUFFIXES
+from videogru.data.readers.file_types import kind_of_name, media_files
 from videogru.errors import DataError
 
 SETTINGS, JOURNAL, BAD = "settings.json", "prepared.csv", "bad.csv"

@@ -15,8 +15,8 @@ from typing import Any
 
 from tools.measuring import Parser, exit_code, machine, machine_sentence, progress, write_json, write_text
 from videogru.config import DataConfig
-from videogru.data.dicom_files import holds_dicom
-from videogru.data.sources import open_source
+from videogru.data.readers.dicom_files import holds_dicom
+from videogru.data.readers.open import open_source
 from videogru.errors import SourceError
 from videogru.inference.predict import Predictor
 

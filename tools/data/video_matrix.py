@@ -32,8 +32,8 @@ from PIL import Image
 from tools.data.frame_numbers import number_in
 from tools.data.make_video_matrix import FILES, ROOT, SHARED, TRUTH
 from tools.measuring import Parser, exit_code, machine, machine_sentence, progress, write_text
-from videogru.data import sampling
-from videogru.data.video import Decoder, check_decoder, open_video
+from videogru.data.clips import sampling
+from videogru.data.readers.video.open import Decoder, check_decoder, open_video
 from videogru.errors import ConfigError, DataError
 
 DOCUMENT = ROOT / "docs" / "video.md"

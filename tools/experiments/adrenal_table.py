@@ -29,7 +29,7 @@ from tools.measuring import (
     write_text,
 )
 from videogru.config import Config
-from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import DataError
 from videogru.inference.metrics import resample_counts
 from videogru.inference.predict import Change, Predictor

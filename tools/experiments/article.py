@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from videogru.config import Config, DataConfig
-from videogru.data.card import load_card
-from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.manifests.corpus import Corpus, open_corpus
+from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import ConfigError, DataError
 from videogru.inference.metrics import resample_counts
 from videogru.modelfile import MODEL_FILE_NAME

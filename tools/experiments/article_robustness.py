@@ -50,7 +50,7 @@ from tools.measuring import (
     write_picture,
     write_text,
 )
-from videogru.data.layouts import Corpus
+from videogru.data.manifests.corpus import Corpus
 from videogru.errors import DataError
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import atomic_path

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tools.experiments.training_jobs import VIDEOGRU, train_command
 from videogru.config import Config
-from videogru.data.card import load_card
+from videogru.data.manifests.dataset_card import load_card
 from videogru.runs import settings_for_training
 from videogru.settings import parse_assignments
 

@@ -18,7 +18,7 @@ from typing import Any
 from tools.measuring import Parser, exit_code, machine, machine_sentence, write_json, write_text
 from videogru.assessing import open_run, with_classes_of
 from videogru.config import Split
-from videogru.data.layouts import Corpus
+from videogru.data.manifests.corpus import Corpus
 from videogru.deploy.export import export_model
 from videogru.deploy.gate import check_split
 from videogru.exported.folder import FORMATS, PRECISIONS

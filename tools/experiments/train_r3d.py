@@ -31,9 +31,9 @@ from torchvision.models.video import r3d_18
 
 from tools.measuring import INTERRUPTED, Parser, exit_code
 from videogru.config import Config
-from videogru.data.batching import EpochBatches
-from videogru.data.datamodule import CorpusModule
-from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.loading.batching import EpochBatches
+from videogru.data.loading.datamodule import CorpusModule
+from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import DataError
 from videogru.inference.evaluate import evaluate
 from videogru.inference.predict import Predictor

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from videogru.config import Config
-from videogru.data.batching import Loaded
+from videogru.data.loading.batching import Loaded
 from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
 from videogru.training.fit import precision

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from tools.fuzzing.video_mutations import MUTATIONS, collect_bases, mutate, plan
 from tools.measuring import Parser, exit_code, machine, machine_lines, progress, write_json, write_text
 from videogru.config import DataConfig
-from videogru.data.sampling import uniform
-from videogru.data.sources import open_source
-from videogru.data.watchdog import watched_map
+from videogru.data.clips.sampling import uniform
+from videogru.data.loading.worker_pool import watched_map
+from videogru.data.readers.open import open_source
 from videogru.errors import SourceError
 
 FRAMES = 8

@@ -30,9 +30,9 @@ from tools.fuzzing.fuzzing import findings_of, peak_mib, reset_peak
 from tools.fuzzing.volume_mutations import MUTATIONS, Base, collect_bases, mutate
 from tools.measuring import Parser, exit_code, machine, machine_lines, write_json, write_text
 from videogru.config import DataConfig
-from videogru.data.frames import kind_of_name
-from videogru.data.sources import open_source
-from videogru.data.volume import Volume
+from videogru.data.readers.file_types import kind_of_name
+from videogru.data.readers.open import open_source
+from videogru.data.readers.volume.volume import Volume
 from videogru.errors import DataError, SourceError
 
 MOST_MIB = 256  # above what was; the largest base has 2 MiB of voxels

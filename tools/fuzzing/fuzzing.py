@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tools.measuring import progress
-from videogru.data.watchdog import watched_map
+from videogru.data.loading.worker_pool import watched_map
 from videogru.errors import SourceError
 
 _Finding = TypeVar("_Finding")

@@ -40,9 +40,9 @@ from videogru.checking.inspection import file_facts, inspect_source, packed_sign
 from videogru.checking.problems import class_problems, group_problems, label_typos, manifest_problems, rows_with_lines
 from videogru.checking.signature import places, small_gray
 from videogru.config import DataConfig
-from videogru.data.card import load_card
-from videogru.data.layouts import Corpus, open_corpus
-from videogru.data.watchdog import watched_map
+from videogru.data.loading.worker_pool import watched_map
+from videogru.data.manifests.corpus import Corpus, open_corpus
+from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import DataError, Interrupted, SourceError
 from videogru.resources import card_names
 

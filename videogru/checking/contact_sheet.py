@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from videogru.checking.duplicates import Pair, Uses
 from videogru.config import DataConfig, Kind
-from videogru.data.layouts import Corpus
-from videogru.data.sources import open_source
-from videogru.data.watchdog import watched_map
+from videogru.data.loading.worker_pool import watched_map
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.readers.open import open_source
 from videogru.errors import DataError, SourceError
 
 MOST_PAIRS = 24

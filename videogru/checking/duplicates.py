@@ -18,7 +18,7 @@ from videogru.checking.check_table import Finding, Record, whole_text
 from videogru.checking.near import MOST_PAIRS, near_pairs
 from videogru.checking.signature import SIGNATURE_BYTES
 from videogru.config import SPLITS
-from videogru.data.manifest import Manifest
+from videogru.data.manifests.manifest import Manifest
 
 Same = Literal["file", "pixels", "nearly"]
 _SAID: dict[Same, str] = {"file": "the same file as", "pixels": "the same pixels as", "nearly": "nearly the same as"}

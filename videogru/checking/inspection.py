@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from videogru.checking.check_table import HASH_BYTES, Record
 from videogru.checking.signature import places, signatures, small_gray
 from videogru.config import DataConfig, Kind
-from videogru.data.frames import FrameSource
-from videogru.data.sources import open_source
-from videogru.data.video_whole import WholeVideo, decode_whole
+from videogru.data.readers.open import open_source
+from videogru.data.readers.source import FrameSource
+from videogru.data.readers.video.full_decode import WholeVideo, decode_whole
 from videogru.errors import SourceError
 
 _CHUNK_BYTES = 1 << 20

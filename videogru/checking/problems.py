@@ -15,7 +15,7 @@ import numpy as np
 
 from videogru.checking.check_table import Finding
 from videogru.config import SPLITS
-from videogru.data.manifest import Manifest, read_manifest
+from videogru.data.manifests.manifest import Manifest, read_manifest
 from videogru.errors import DataError
 from videogru.settings import nearest
 

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from videogru.data.frames import FrameSource
-from videogru.data.scan_facts import ras_voxels, spacing_of
-from videogru.data.volume import Axis, Volume, unroll
+from videogru.data.readers.source import FrameSource
+from videogru.data.readers.volume.describe import ras_voxels, spacing_of
+from videogru.data.readers.volume.volume import Axis, Volume, unroll
 from videogru.errors import DataError
 
 _PLANES: tuple[Axis, ...] = ("axial", "coronal", "sagittal")

@@ -11,7 +11,7 @@ import numpy as np
 from videogru.checking.check_table import FORMAT, SUMMARY, TABLE, Record, read_table
 from videogru.checking.inspection import file_facts
 from videogru.config import DataConfig
-from videogru.data.layouts import Corpus
+from videogru.data.manifests.corpus import Corpus
 from videogru.errors import DataError
 
 CHECKS = Path("checks")

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from videogru import __version__
 from videogru.assessing import open_run, with_classes_of
 from videogru.config import Config
-from videogru.data.batching import OrderedBatches
-from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
-from videogru.data.layouts import Corpus
+from videogru.data.loading.batching import OrderedBatches
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.clip_loader import ClipLoader, default_workers
+from videogru.data.manifests.corpus import Corpus
 from videogru.deploy import graph, stepped
 from videogru.deploy.examples import example_for
 from videogru.deploy.gate import SHAPES, Checked, cases_of, check_shapes, check_split, split_to_check

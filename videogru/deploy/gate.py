@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from videogru.config import Split
-from videogru.data.layouts import Corpus
+from videogru.data.manifests.corpus import Corpus
 from videogru.deploy.replay import Arrays, ReplayFailed, replay
 from videogru.errors import DataError, GateRefused
 from videogru.inference.evaluate import evaluate

@@ -4,8 +4,8 @@ import threading
 from collections.abc import Iterator
 from types import TracebackType
 
-from videogru.data.streams import FrameStream
-from videogru.data.video_stream import StreamFrame, Takes
+from videogru.data.readers.stream import FrameStream
+from videogru.data.readers.video.live import StreamFrame, Takes
 
 _JOIN_SECONDS = 2.0
 

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig
-from videogru.data.pace import Pace
-from videogru.data.streams import FrameStream, open_stream
-from videogru.data.transforms import prepare_clip
+from videogru.data.clips.pace import Pace
+from videogru.data.clips.transforms import prepare_clip
+from videogru.data.readers.stream import FrameStream, open_stream
 from videogru.deploy.live import NewestFrames
 from videogru.deploy.stream_output import LiveLine, RecordWriter, live_line_file
 from videogru.errors import ConfigError, Interrupted, SourceError

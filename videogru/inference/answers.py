@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from videogru.config import DataConfig, Kind
-from videogru.data.frame_folder import is_frame_folder
-from videogru.data.frames import kind_of_source, media_files
-from videogru.data.views import Views
+from videogru.data.clips.views import Views
+from videogru.data.readers.file_types import kind_of_source, media_files
+from videogru.data.readers.video.frame_folder import is_frame_folder
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, atomic_text

@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Float64, Int64
 
 from videogru.config import Config, DataConfig, Split
-from videogru.data.batching import OrderedBatches
-from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
-from videogru.data.layouts import Corpus
+from videogru.data.loading.batching import OrderedBatches
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.clip_loader import ClipLoader, default_workers
+from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.predict import Predictor
 from videogru.modelfile import FORMAT_VERSION, ExitTable, ModelCard, find_model, read_card, read_model, write_model

@@ -8,10 +8,11 @@ from einops import reduce
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig
-from videogru.data.batching import Loaded, OrderedBatches
-from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
-from videogru.data.feature_store import Entry, FeatureWriter
-from videogru.data.layouts import Corpus
+from videogru.data.loading.batching import Loaded, OrderedBatches
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.clip_loader import ClipLoader, default_workers
+from videogru.data.loading.feature_store import Entry, FeatureWriter
+from videogru.data.manifests.corpus import Corpus
 from videogru.models.classifier import Classifier
 
 

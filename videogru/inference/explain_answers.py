@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from videogru.config import DataConfig, Kind
-from videogru.data.cache import FrameCache, check_cache
-from videogru.data.sources import open_source, read_clip
-from videogru.data.transforms import prepare_clip
-from videogru.data.video import check_decoder
-from videogru.data.watchdog import watched_map
+from videogru.data.clips.read_clip import read_clip
+from videogru.data.clips.transforms import prepare_clip
+from videogru.data.loading.frame_cache import FrameCache, check_cache
+from videogru.data.loading.worker_pool import watched_map
+from videogru.data.readers.open import open_source
+from videogru.data.readers.video.open import check_decoder
 from videogru.errors import SourceError
 from videogru.inference.answers import (
     EXPLAINED,

@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from videogru.config import DataConfig
-from videogru.data.batching import OrderedBatches
-from videogru.data.dataset import ClipDataset, ClipLoader, default_workers
-from videogru.data.feature_dataset import FeatureDataset
-from videogru.data.feature_store import FeatureRows
-from videogru.data.layouts import Corpus
-from videogru.data.manifest import build_manifest
-from videogru.data.video import check_decoder
-from videogru.data.views import ONE_VIEW, Views
+from videogru.data.clips.views import ONE_VIEW, Views
+from videogru.data.loading.batching import OrderedBatches
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.clip_loader import ClipLoader, default_workers
+from videogru.data.loading.feature_dataset import FeatureDataset
+from videogru.data.loading.feature_store import FeatureRows
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.manifests.manifest import build_manifest
+from videogru.data.readers.video.open import check_decoder
 from videogru.errors import ConfigError, ModelFileError
 from videogru.exported.folder import is_exported
 from videogru.exported.run import Exported, open_exported

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from videogru.data.layouts import Corpus
+from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, DataError
 from videogru.inference.evaluate import METRIC_NAMES, usable_rows
 from videogru.inference.metrics import Interval, paired_difference

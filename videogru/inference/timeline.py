@@ -11,10 +11,10 @@ from jaxtyping import Float32, Float64, Int64
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig
-from videogru.data.layouts import Corpus
-from videogru.data.manifest import build_manifest
-from videogru.data.sources import open_source
-from videogru.data.watchdog import watched_call
+from videogru.data.loading.worker_pool import watched_call
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.manifests.manifest import build_manifest
+from videogru.data.readers.open import open_source
 from videogru.errors import ConfigError, SourceError
 from videogru.inference.predict import Predictor
 

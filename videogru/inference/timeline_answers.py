@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from videogru.config import DataConfig
-from videogru.data.sources import open_source, read_clip
-from videogru.data.transforms import prepare_clip
-from videogru.data.watchdog import watched_call
+from videogru.data.clips.read_clip import read_clip
+from videogru.data.clips.transforms import prepare_clip
+from videogru.data.loading.worker_pool import watched_call
+from videogru.data.readers.open import open_source
 from videogru.errors import SourceError
 from videogru.inference.answers import Progress, Say, check_writable, data_settings, expand, newest_fitting
 from videogru.inference.predict import Predictor

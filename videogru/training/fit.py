@@ -22,10 +22,10 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from videogru.config import SPLITS, Config
-from videogru.data.batching import EpochBatches
-from videogru.data.datamodule import CorpusModule
-from videogru.data.feature_store import FeatureRows
-from videogru.data.layouts import Corpus
+from videogru.data.loading.batching import EpochBatches
+from videogru.data.loading.datamodule import CorpusModule
+from videogru.data.loading.feature_store import FeatureRows
+from videogru.data.manifests.corpus import Corpus
 from videogru.encoded import classifier_over, features_of, open_features
 from videogru.errors import ConfigError, DataError, Interrupted
 from videogru.golden import add_golden_sample

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 from videogru.config import TrainConfig
-from videogru.data.batching import Loaded
+from videogru.data.loading.batching import Loaded
 from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
 from videogru.shapes import Labels, Lengths, Logits

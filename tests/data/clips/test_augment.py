@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from videogru.config import AugmentConfig
-from videogru.data.augment import augment_batch, augment_volume, mix_batch, sampling_draws
+from videogru.data.clips.augment import augment_batch, augment_volume, mix_batch, sampling_draws
 from videogru.sequence import SequenceBatch
 
 EVERYTHING = AugmentConfig(

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from videogru.data import sampling
-from videogru.data.pace import Pace
+from videogru.data.clips import sampling
+from videogru.data.clips.pace import Pace
 
 
 def taken(positions: np.ndarray, end: float, step: float | None) -> list[int]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from videogru.data import sampling
+from videogru.data.clips import sampling
 
 CFR = np.arange(10) / 10
 VFR = np.array([0.0, 0.1, 0.2, 0.9, 1.8, 1.9])

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from videogru.config import DataConfig
-from videogru.data.transforms import fit_frames, prepare_clip, to_channels
+from videogru.data.clips.transforms import fit_frames, prepare_clip, to_channels
 from videogru.errors import SourceError
 from videogru.sequence import FrameSequence
 

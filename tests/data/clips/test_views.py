@@ -8,9 +8,10 @@ import torch
 
 from tests.data.readers.video.test_video import make_video
 from videogru.config import DataConfig, ModelConfig
-from videogru.data.sources import open_source, read_clips
-from videogru.data.transforms import fit_frames, prepare_clip
-from videogru.data.views import check_views, crop_places, parse_views
+from videogru.data.clips.read_clip import read_clips
+from videogru.data.clips.transforms import fit_frames, prepare_clip
+from videogru.data.clips.views import check_views, crop_places, parse_views
+from videogru.data.readers.open import open_source
 from videogru.errors import ConfigError
 from videogru.inference.predict import Predictor
 from videogru.modelfile import make_card

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from videogru.data.batching import EpochBatches, Item, OrderedBatches, collate
+from videogru.data.loading.batching import EpochBatches, Item, OrderedBatches, collate
 from videogru.sequence import FrameSequence
 
 

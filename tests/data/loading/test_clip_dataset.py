@@ -8,12 +8,14 @@ import torch
 
 from tests.data.readers.video.test_video import make_video
 from videogru.config import DataConfig
-from videogru.data import dataset as dataset_module
-from videogru.data.batching import EpochBatches, OrderedBatches
-from videogru.data.dataset import ArraySource, ClipDataset, ClipLoader, clip_lengths, default_workers
-from videogru.data.layouts import Corpus
-from videogru.data.manifest import build_manifest
-from videogru.data.sources import open_source
+from videogru.data.loading import clip_dataset as dataset_module
+from videogru.data.loading.batching import EpochBatches, OrderedBatches
+from videogru.data.loading.clip_dataset import ClipDataset, clip_lengths
+from videogru.data.loading.clip_loader import ClipLoader, default_workers
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.manifests.manifest import build_manifest
+from videogru.data.readers.array_source import ArraySource
+from videogru.data.readers.open import open_source
 
 
 def corpus(kind: str, arrays: np.ndarray) -> Corpus:

@@ -13,12 +13,13 @@ from PIL import Image
 
 from tests.support.command_line import QUICK, videogru, write_video
 from videogru.config import DataConfig
-from videogru.data import cache as cache_module
-from videogru.data.cache import FrameCache
-from videogru.data.dataset import ClipDataset
-from videogru.data.layouts import open_corpus
-from videogru.data.sources import open_source, read_clip
-from videogru.data.transforms import prepare_clip
+from videogru.data.clips.read_clip import read_clip
+from videogru.data.clips.transforms import prepare_clip
+from videogru.data.loading import frame_cache as cache_module
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.frame_cache import FrameCache
+from videogru.data.manifests.corpus import open_corpus
+from videogru.data.readers.open import open_source
 from videogru.errors import ConfigError, SourceError
 from videogru.modelfile import read_model
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from videogru.config import DataConfig
-from videogru.data import volume_cache as module
-from videogru.data.dataset import ClipDataset
-from videogru.data.layouts import open_corpus
-from videogru.data.sources import open_source, read_clip
-from videogru.data.transforms import prepare_clip
-from videogru.data.volume_cache import VolumeCache
+from videogru.data.clips.read_clip import read_clip
+from videogru.data.clips.transforms import prepare_clip
+from videogru.data.loading import volume_cache as module
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.volume_cache import VolumeCache
+from videogru.data.manifests.corpus import open_corpus
+from videogru.data.readers.open import open_source
 from videogru.errors import ConfigError, SourceError
 
 SHAPE = (12, 9, 7)

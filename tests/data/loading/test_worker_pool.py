@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from videogru.config import DataConfig
-from videogru.data.batching import EpochBatches, Loaded, OrderedBatches
-from videogru.data.dataset import ArraySource, ClipDataset, ClipLoader
-from videogru.data.layouts import Corpus
-from videogru.data.manifest import build_manifest
-from videogru.data.watchdog import Crew, Watch, watched_map
+from videogru.data.loading.batching import EpochBatches, Loaded, OrderedBatches
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.loading.clip_loader import ClipLoader
+from videogru.data.loading.worker_pool import Crew, Watch, watched_map
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.manifests.manifest import build_manifest
+from videogru.data.readers.array_source import ArraySource
 from videogru.errors import DataError, SourceError
 
 TIMEOUT = 1.0  # on a busy machine the other rows need some of it

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.command_line import QUICK, videogru
 from videogru.config import DataConfig
-from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import ConfigError, DataError
 
 PEOPLE = [f"{n:02d}" for n in range(1, 11)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from videogru.data.columns import Coded, Text
+from videogru.data.manifests.columns import Coded, Text
 
 TEXTS = ["b/ä.mp4", "a", "", "a", "\udc80x", "z" * 300, "𝄞", "\uffff"]
 

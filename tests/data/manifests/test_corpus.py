@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from videogru.config import DataConfig
-from videogru.data.card import load_card
-from videogru.data.frames import SUFFIXES, kind_of_name
-from videogru.data.layouts import open_corpus
+from videogru.data.manifests.corpus import open_corpus
+from videogru.data.manifests.dataset_card import load_card
+from videogru.data.readers.file_types import SUFFIXES, kind_of_name
 from videogru.errors import ConfigError, DataError
 
 

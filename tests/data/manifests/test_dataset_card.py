@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from videogru.data.card import Card, load_card, read_card
+from videogru.data.manifests.dataset_card import Card, load_card, read_card
 from videogru.errors import ConfigError, DataError
 from videogru.resources import card_names, resource_dir
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from videogru.config import DataConfig
-from videogru.data.describe import describe_corpus, list_cards
-from videogru.data.layouts import open_corpus
+from videogru.data.manifests.corpus import open_corpus
+from videogru.data.manifests.describe import describe_corpus, list_cards
 
 
 def described(dataset: object, **settings: object) -> dict:

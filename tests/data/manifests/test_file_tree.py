@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from videogru.data.columns import Text
-from videogru.data.folders import Tree, absent, first_of_each_suffix, places_of
-from videogru.data.frames import kind_of_name
-from videogru.data.manifest import build_manifest, missing_rows
+from videogru.data.manifests.columns import Text
+from videogru.data.manifests.file_tree import Tree, absent, first_of_each_suffix, places_of
+from videogru.data.manifests.manifest import build_manifest, missing_rows
+from videogru.data.readers.file_types import kind_of_name
 
 
 def test_places_are_what_rpartition_says() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from videogru.data.manifest import Manifest, build_manifest, missing_rows, read_manifest
+from videogru.data.manifests.manifest import Manifest, build_manifest, missing_rows, read_manifest
 from videogru.errors import DataError
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from videogru.config import DataConfig
-from videogru.data.card import load_card
-from videogru.data.layouts import Corpus, open_corpus
+from videogru.data.manifests.corpus import Corpus, open_corpus
+from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import DataError
 
 
@@ -37,7 +37,7 @@ def test_adrenal_counts_and_order() -> None:
 def test_adrenal_rows_are_what_the_nifti_reader_gives(tmp_path: Path, axis: str) -> None:
     import nibabel
 
-    from videogru.data.volume import open_volume
+    from videogru.data.readers.volume.volume import open_volume
 
     data = DataConfig(dataset="adrenalmnist3d", axis=axis, intensity="window", window_low=0, window_high=255)
     corpus = open_corpus(data)

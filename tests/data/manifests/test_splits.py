@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from videogru.config import SPLITS
-from videogru.data.columns import Coded
-from videogru.data.manifest import Manifest, build_manifest
-from videogru.data.splits import assign_splits
+from videogru.data.manifests.columns import Coded
+from videogru.data.manifests.manifest import Manifest, build_manifest
+from videogru.data.manifests.splits import assign_splits
 from videogru.errors import DataError
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from videogru.data.table import read_columns, read_table
+from videogru.data.manifests.table import read_columns, read_table
 from videogru.errors import DataError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from videogru.data.image import open_image
+from videogru.data.readers.image import open_image
 from videogru.errors import SourceError
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from videogru.config import DataConfig
-from videogru.data.dicom_files import DICOM_SUFFIXES
-from videogru.data.frames import SUFFIXES, kind_of_name
-from videogru.data.image import StillImage
-from videogru.data.sources import open_source, read_clip, read_clips
-from videogru.data.video_pyav import PyavVideo
-from videogru.data.volume import Volume
+from videogru.data.clips.read_clip import read_clip, read_clips
+from videogru.data.readers.dicom_files import DICOM_SUFFIXES
+from videogru.data.readers.file_types import SUFFIXES, kind_of_name
+from videogru.data.readers.image import StillImage
+from videogru.data.readers.open import open_source
+from videogru.data.readers.video.pyav_reader import PyavVideo
+from videogru.data.readers.volume.volume import Volume
 from videogru.errors import ConfigError, SourceError
 
 DATA = DataConfig(num_frames=4, percentile_low=0, percentile_high=100)

@@ -10,12 +10,12 @@ import pytest
 
 from tests.support.stream_sources import ffmpeg, rtp_of, rtsp_server, web_server
 from videogru.config import DataConfig
-from videogru.data import video_stream
-from videogru.data.pace import Pace
-from videogru.data.sources import open_source
-from videogru.data.streams import FileVideo, RawVideo, open_stream
-from videogru.data.video_pyav import PyavVideo
-from videogru.data.video_stream import NetworkVideo
+from videogru.data.clips.pace import Pace
+from videogru.data.readers.open import open_source
+from videogru.data.readers.stream import FileVideo, RawVideo, open_stream
+from videogru.data.readers.video import live as video_stream
+from videogru.data.readers.video.live import NetworkVideo
+from videogru.data.readers.video.pyav_reader import PyavVideo
 from videogru.errors import ConfigError, SourceError
 
 DATA = DataConfig().for_kind("video")

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 from videogru.config import DataConfig, ModelConfig
-from videogru.data.sources import open_source, read_clip
-from videogru.data.transforms import prepare_clip
+from videogru.data.clips.read_clip import read_clip
+from videogru.data.clips.transforms import prepare_clip
+from videogru.data.readers.open import open_source
 from videogru.errors import ConfigError, SourceError
 from videogru.inference import timeline_answers
 from videogru.inference.predict import Predictor

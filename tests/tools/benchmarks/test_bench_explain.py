@@ -18,7 +18,7 @@ from tools.benchmarks.bench_explain import (
     summary,
 )
 from videogru.config import DataConfig
-from videogru.data.layouts import open_corpus
+from videogru.data.manifests.corpus import open_corpus
 
 
 def test_half_of_each_split_is_marked_where_it_is_told() -> None:

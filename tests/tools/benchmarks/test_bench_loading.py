@@ -11,7 +11,7 @@ import torch
 from tests.data.readers.video.test_video import make_video, numbers
 from tools.benchmarks import bench_loading
 from videogru.config import DataConfig
-from videogru.data.video_pyav import PyavVideo
+from videogru.data.readers.video.pyav_reader import PyavVideo
 from videogru.errors import DataError
 
 COUNT = 40

@@ -14,9 +14,9 @@ from torch.utils.data import TensorDataset
 from tools.benchmarks import bench_infer, bench_length, bench_training
 from tools.experiments.training_loops import Clock, Counts, TorchvisionModule
 from videogru.config import Config
-from videogru.data.datamodule import CorpusModule
-from videogru.data.layouts import Corpus
-from videogru.data.manifest import build_manifest
+from videogru.data.loading.datamodule import CorpusModule
+from videogru.data.manifests.corpus import Corpus
+from videogru.data.manifests.manifest import build_manifest
 from videogru.models.encoder import Encoder
 from videogru.training.fit import build_classifier
 

@@ -19,8 +19,9 @@ from tools.data import prepare_kinetics as tool
 from tools.data import prepared_folder
 from tools.data.frame_numbers import number_in
 from videogru.config import DataConfig
-from videogru.data.layouts import open_corpus
-from videogru.data.sources import open_source, read_clip
+from videogru.data.clips.read_clip import read_clip
+from videogru.data.manifests.corpus import open_corpus
+from videogru.data.readers.open import open_source
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TRUTH = json.loads((GOLDEN / "video_matrix.json").read_text(encoding="utf-8"))["made"]

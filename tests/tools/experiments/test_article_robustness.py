@@ -15,7 +15,7 @@ import torch
 from tests.tools.experiments.test_reproduce_article import RECIPE, accept, train_tiny, write_tiny_cifar
 from tools.experiments import article
 from tools.experiments import article_robustness as robustness
-from videogru.data.card import load_card
+from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import DataError
 from videogru.modelfile import read_model
 

@@ -14,7 +14,7 @@ import pytest
 
 from tools.experiments import article, reproduce_article
 from videogru import runs
-from videogru.data.card import load_card
+from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import ConfigError
 from videogru.settings import parse_assignments
 

@@ -75,7 +75,7 @@ def test_a_flipped_bit_that_is_not_refused_is_seen(fuzz, made: Path, monkeypatch
     import gzip as plain
     import io
 
-    from videogru.data import volume_nifti
+    from videogru.data.readers.volume import nifti as volume_nifti
 
     class Blind:
         """Gunzips without looking at the checksum."""

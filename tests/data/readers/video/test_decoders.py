@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tools.data.frame_numbers import number_in
-from videogru.data.key_frames import starts_anew
-from videogru.data.video import open_video
-from videogru.data.video_pyav import PyavVideo
+from videogru.data.readers.video.key_frames import starts_anew
+from videogru.data.readers.video.open import open_video
+from videogru.data.readers.video.pyav_reader import PyavVideo
 from videogru.errors import SourceError
 
 GOLDEN = Path(__file__).parents[3] / "golden"

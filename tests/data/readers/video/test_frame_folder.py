@@ -14,12 +14,14 @@ from PIL import Image
 
 from tests.support.command_line import QUICK, videogru
 from videogru.config import DataConfig
-from videogru.data import frame_folder
-from videogru.data.dataset import ClipDataset
-from videogru.data.frame_folder import FrameFolder, is_frame_folder
-from videogru.data.frames import FrameSource, media_files, numbered_images
-from videogru.data.layouts import open_corpus
-from videogru.data.sources import open_source, read_clip
+from videogru.data.clips.read_clip import read_clip
+from videogru.data.loading.clip_dataset import ClipDataset
+from videogru.data.manifests.corpus import open_corpus
+from videogru.data.readers.file_types import media_files, numbered_images
+from videogru.data.readers.open import open_source
+from videogru.data.readers.source import FrameSource
+from videogru.data.readers.video import frame_folder
+from videogru.data.readers.video.frame_folder import FrameFolder, is_frame_folder
 from videogru.errors import DataError, SourceError
 from videogru.inference import answers
 
@@ -329,7 +331,7 @@ def test_links_out_of_a_manifest_s_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_kinetics_may_be_extracted_to_frames(tmp_path: Path) -> None:
-    from videogru.data.card import load_card
+    from videogru.data.manifests.dataset_card import load_card
 
     label = load_card("kinetics400").classes[0]
     rows = []

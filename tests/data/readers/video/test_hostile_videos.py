@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.command_line import QUICK, videogru, write_video
-from videogru.data.video_pyav import PyavVideo
+from videogru.data.readers.video.pyav_reader import PyavVideo
 
 WAYS = {
     "hang": lambda: ctypes.PyDLL(None).sleep(1000),  # holds the interpreter lock

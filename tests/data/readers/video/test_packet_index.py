@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.data.readers.video.test_video import make_video, numbers, plain_decode
-from videogru.data import video_pyav
-from videogru.data.video_index import KeptIndexes, Picture, VideoIndex, facts_of
-from videogru.data.video_pyav import PyavVideo
+from videogru.data.readers.video import pyav_reader as video_pyav
+from videogru.data.readers.video.packet_index import KeptIndexes, Picture, VideoIndex, facts_of
+from videogru.data.readers.video.pyav_reader import PyavVideo
 from videogru.errors import SourceError
 
 BASE = Fraction(1, 25)

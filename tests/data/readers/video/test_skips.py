@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from videogru.data import video_pyav, video_seek
-from videogru.data.video_pyav import PyavVideo
+from videogru.data.readers.video import pyav_reader as video_pyav
+from videogru.data.readers.video import seek as video_seek
+from videogru.data.readers.video.pyav_reader import PyavVideo
 
 COUNT = 60
 VARIANTS = {

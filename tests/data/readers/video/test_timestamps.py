@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from videogru.data.time_stamps import increasing, spread
+from videogru.data.readers.video.timestamps import increasing, spread
 
 
 @pytest.mark.parametrize(

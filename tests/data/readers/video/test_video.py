@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from videogru.data import video_pyav
-from videogru.data.video import open_video
-from videogru.data.video_index import PacketTable
-from videogru.data.video_pyav import PyavVideo
+from videogru.data.readers.video import pyav_reader as video_pyav
+from videogru.data.readers.video.open import open_video
+from videogru.data.readers.video.packet_index import PacketTable
+from videogru.data.readers.video.pyav_reader import PyavVideo
 from videogru.errors import ConfigError, SourceError
 
 SIZE = 64

@@ -23,10 +23,10 @@ from tests.support.dicom_series import (
 )
 from tests.support.thinning import thinned
 from videogru.config import DataConfig
-from videogru.data.dicom_files import holds_dicom
-from videogru.data.sources import open_source
-from videogru.data.volume import open_volume
-from videogru.data.volume_dicom import read_dicom
+from videogru.data.readers.dicom_files import holds_dicom
+from videogru.data.readers.open import open_source
+from videogru.data.readers.volume.dicom import read_dicom
+from videogru.data.readers.volume.volume import open_volume
 from videogru.errors import SourceError
 
 FULL = DataConfig(percentile_low=0, percentile_high=100)

@@ -11,9 +11,9 @@ import pytest
 from tests.support.command_line import QUICK, videogru
 from tests.support.dicom_series import changed, slices_of, write
 from videogru.config import DataConfig
-from videogru.data.frames import kind_of_source, media_files
-from videogru.data.layouts import Corpus, open_corpus
-from videogru.data.volume_dicom import read_dicom
+from videogru.data.manifests.corpus import Corpus, open_corpus
+from videogru.data.readers.file_types import kind_of_source, media_files
+from videogru.data.readers.volume.dicom import read_dicom
 from videogru.errors import ConfigError, DataError
 
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from videogru.config import DataConfig
-from videogru.data import volume_nifti
-from videogru.data.frames import kind_of_name
-from videogru.data.volume import open_volume
-from videogru.data.volume_nifti import read_nifti
+from videogru.data.readers.file_types import kind_of_name
+from videogru.data.readers.volume import nifti as volume_nifti
+from videogru.data.readers.volume.nifti import read_nifti
+from videogru.data.readers.volume.volume import open_volume
 from videogru.errors import SourceError
 
 MIB = 2**20
@@ -253,7 +253,7 @@ def peak_of(path: Path, data: DataConfig, frames: int | None) -> tuple[int, str 
 @pytest.mark.parametrize("dtype", ["<i2", "<f8"])
 def test_what_is_allocated_is_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """One volume of a series, the mean, a clip and all slices: the limit lies just above what the file takes."""
-    monkeypatch.setattr("videogru.data.volume.MAX_PERCENTILE_VOXELS", 50_000)
+    monkeypatch.setattr("videogru.data.readers.volume.volume.MAX_PERCENTILE_VOXELS", 50_000)
     path = save(tmp_path / "a.nii.gz", noise(160, 160, 120, 3, dtype=dtype))
     voxels, size = 160 * 160 * 120, np.dtype(dtype).itemsize
     for wanted, sampling, count in ((1, "uniform", 16), (1, "all", 120), ("mean", "uniform", 16)):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from videogru.config import DataConfig, ModelConfig
-from videogru.data import volume as volume_module
-from videogru.data.volume import chosen_axis, open_volume
+from videogru.data.readers.volume import volume as volume_module
+from videogru.data.readers.volume.volume import chosen_axis, open_volume
 from videogru.errors import SourceError
 from videogru.inference.predict import Predictor
 from videogru.modelfile import make_card

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from videogru.data.percentiles import finite_percentiles
+from videogru.data.readers.volume.percentiles import finite_percentiles
 
 
 @pytest.mark.parametrize("dtype", ["?", "u1", "i1", "<i2", ">i2", "<u2", ">u2", "i4", "u8", "f2", "<f4", ">f4", "f8"])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from videogru.config import DataConfig
-from videogru.data import volume_nifti
-from videogru.data.frames import kind_of_name
-from videogru.data.volume import open_volume
-from videogru.data.volume_nifti import read_nifti
+from videogru.data.readers.file_types import kind_of_name
+from videogru.data.readers.volume import nifti as volume_nifti
+from videogru.data.readers.volume.nifti import read_nifti
+from videogru.data.readers.volume.volume import open_volume
 from videogru.errors import SourceError
 
 HEADER = 352

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from videogru.config import DataConfig
-from videogru.data import volume as volume_module
-from videogru.data.frames import kind_of_name
-from videogru.data.volume import open_volume, to_unit_range, unroll
+from videogru.data.readers.file_types import kind_of_name
+from videogru.data.readers.volume import volume as volume_module
+from videogru.data.readers.volume.volume import open_volume, to_unit_range, unroll
 from videogru.errors import SourceError
 
 AXES = ("axial", "coronal", "sagittal")
