@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from videogru.checkpoint.model_file import find_model, read_card
 from videogru.config import SPLITS, Config, DataConfig, Kind, Split
 from videogru.data.clips.views import ONE_VIEW, Views, check_views
 from videogru.data.loading.clip_dataset import ClipDataset
@@ -17,14 +18,13 @@ from videogru.data.loading.feature_store import FeatureRows
 from videogru.data.manifests.bids import is_bids
 from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import ConfigError, DataError, ModelFileError
-from videogru.exported.folder import is_exported
 from videogru.inference.evaluate import Evaluation, evaluate
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, read_csv
 from videogru.inference.probe import Probe, probe
 from videogru.inference.report import read_curves, write_report
-from videogru.modelfile import find_model, read_card
 from videogru.runfolder import check_splits, note_on_training, run_config
+from videogru.runtime.export_folder import is_exported
 from videogru.training.fit import Trained
 
 Say = Callable[[str], None]

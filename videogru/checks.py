@@ -8,10 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from videogru.checking.check import DUPLICATES, PROBLEMS, SHEET, Checked, check_corpus, header_of, open_for_check
-from videogru.checking.check_table import RECORDS, STATUSES, TABLE, Finding
-from videogru.checking.scan_sheet import write_frame_sheet, write_scan_sheet
-from videogru.checking.skipping import CHECKS
 from videogru.config import SPLITS, Config
 from videogru.data.readers.dicom_files import holds_dicom
 from videogru.data.readers.file_types import kind_of_name, kind_of_source
@@ -20,6 +16,10 @@ from videogru.data.readers.video.frame_folder import is_frame_folder
 from videogru.data.readers.video.open import check_decoder
 from videogru.data.readers.volume.describe import describe_scan, describe_steps, spacing_of
 from videogru.data.readers.volume.volume import Volume, chosen_axis
+from videogru.data_check.check import DUPLICATES, PROBLEMS, SHEET, Checked, check_corpus, header_of, open_for_check
+from videogru.data_check.excluded_rows import CHECKS
+from videogru.data_check.results import RECORDS, STATUSES, TABLE, Finding
+from videogru.data_check.scan_sheet import write_frame_sheet, write_scan_sheet
 from videogru.errors import ConfigError
 from videogru.resources import card_names
 from videogru.runfolder import folder_stem

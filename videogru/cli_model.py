@@ -21,8 +21,8 @@ model_app = typer.Typer(
 )
 def model_show(run_or_model: Annotated[Path, typer.Argument(help="Run folder or model file.")]) -> None:
     """What a model reads, what it is, how it scored, and what wrote it."""
-    from videogru.model_facts import describe_model
-    from videogru.modelfile import find_model
+    from videogru.checkpoint.describe import describe_model
+    from videogru.checkpoint.model_file import find_model
 
     show_facts(describe_model(find_model(run_or_model)))
 
@@ -45,9 +45,9 @@ def model_verify(
     ] = None,
 ) -> None:
     """Replay the golden sample stored at training through PyTorch and every export runtime here (4 where one fails)."""
+    from videogru.checkpoint.model_file import find_model
     from videogru.deploy.verify import parse_backends, verify
     from videogru.errors import GateRefused, ModelFileError
-    from videogru.modelfile import find_model
 
     names, failed, unread = parse_backends(backend), 0, 0
     for run_or_model in runs_or_models:

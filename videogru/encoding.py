@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from videogru.checkpoint.model_file import MODEL_FILE_NAME, ModelCard, find_model
 from videogru.config import SPLITS, DataConfig
 from videogru.data.loading.feature_store import ARRAY, FeatureWriter
 from videogru.data.manifests.bids import is_bids
@@ -19,7 +20,6 @@ from videogru.inference.answers import Progress
 from videogru.inference.encode import encode_rows
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import atomic_text
-from videogru.modelfile import MODEL_FILE_NAME, ModelCard, find_model
 from videogru.resources import card_names
 from videogru.runfolder import folder_stem, run_config
 

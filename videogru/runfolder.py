@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from videogru.checkpoint.model_file import MODEL_FILE_NAME
 from videogru.config import Config, Split
 from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import ConfigError, DataError, VideogruError
 from videogru.inference.predictions import atomic_text
-from videogru.modelfile import MODEL_FILE_NAME
 from videogru.settings import read_settings_file, resolve_config
 from videogru.training.processes import Group
 

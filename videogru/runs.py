@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from videogru.assessing import Outcome, assess, command_line
-from videogru.checking.skipping import bad_rows
 from videogru.config import SPLITS, Config, DataConfig, Split
 from videogru.data.loading.frame_cache import check_cache
 from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.data.manifests.dataset_card import load_card
 from videogru.data.manifests.describe import describe_corpus
 from videogru.data.readers.video.open import check_decoder
+from videogru.data_check.excluded_rows import bad_rows
 from videogru.encoded import settings_over_features
 from videogru.errors import ConfigError
 from videogru.inference.early_exit import calibrate_trained

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from tests.support.command_line import videogru
 from tests.support.small_models import GOLDEN_KINDS, rewrite, written
+from videogru.checkpoint.describe import describe_model
+from videogru.checkpoint.golden_sample import _picture, add_golden_sample, golden_batch, verify_model
+from videogru.checkpoint.model_file import FORMAT_VERSION, read_card, read_model, write_model
 from videogru.errors import DataError, ModelFileError
-from videogru.golden import _picture, add_golden_sample, golden_batch, verify_model
-from videogru.model_facts import describe_model
-from videogru.modelfile import FORMAT_VERSION, read_card, read_model, write_model
 
 
 @pytest.mark.parametrize("kind", GOLDEN_KINDS)

@@ -12,9 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.small_models import rewrite
 from videogru import __version__
+from videogru.checkpoint.model_file import (
+    ModelCard,
+    find_model,
+    make_card,
+    newest_model,
+    read_card,
+    read_model,
+    write_model,
+)
 from videogru.config import DataConfig, ModelConfig
 from videogru.errors import ModelFileError, VideogruError
-from videogru.modelfile import ModelCard, find_model, make_card, newest_model, read_card, read_model, write_model
 from videogru.models.classifier import Classifier
 
 CLASSES = ("bin", "lay", "naïve 日本")

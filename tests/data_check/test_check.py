@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.support.command_line import KINDS, videogru, write_video
-from videogru.checking.check_table import Journal, Record, read_table
+from videogru.data_check.results import Journal, Record, read_table
 from videogru.errors import DataError
 
 HERE = ("--set", "train.num_workers=0")
@@ -226,7 +226,7 @@ def test_names_of_all_kinds(place: Path) -> None:
 
 
 def test_it_goes_on_where_it_was_ended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from videogru.checking import check as module
+    from videogru.data_check import check as module
 
     real, read = module.inspect_source, []
 
@@ -277,7 +277,7 @@ def test_killed_halfway(place: Path, repository: Path) -> None:
 
 
 def test_a_decoder_that_hangs_or_crashes_costs_one_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from videogru.checking import check as module
+    from videogru.data_check import check as module
 
     real = module.inspect_source
 
@@ -328,9 +328,9 @@ def test_arrays() -> None:
     """Two copies are planted among the scans of a set that is held in memory."""
     from dataclasses import replace
 
-    from videogru.checking.check import Opened, check_corpus
     from videogru.config import DataConfig
     from videogru.data.manifests.corpus import open_corpus
+    from videogru.data_check.check import Opened, check_corpus
 
     data = DataConfig(dataset="adrenalmnist3d").for_kind("volume")
     corpus = open_corpus(data)

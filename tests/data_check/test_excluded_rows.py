@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.command_line import QUICK, videogru, write_video
-from videogru.checking.skipping import bad_rows
 from videogru.config import DataConfig
 from videogru.data.manifests.corpus import open_corpus
+from videogru.data_check.excluded_rows import bad_rows
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from videogru.checking.problems import class_problems, edits, group_problems, label_typos, manifest_problems
 from videogru.data.manifests.columns import Coded
 from videogru.data.manifests.manifest import build_manifest, read_manifest
+from videogru.data_check.manifest_problems import class_problems, edits, group_problems, label_typos, manifest_problems
 from videogru.errors import DataError
 
 HEADER = "source,label,split,group,start_seconds,end_seconds\n"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from videogru.checking import near
-from videogru.checking.inspection import inspect_source
-from videogru.checking.near import near_pairs
-from videogru.checking.signature import SIGNATURE_BYTES, places, signatures, small_gray
+from videogru.data_check import near_duplicates as near
+from videogru.data_check.inspect import inspect_source
+from videogru.data_check.near_duplicates import near_pairs
+from videogru.data_check.perceptual_hash import SIGNATURE_BYTES, places, signatures, small_gray
 
 
 def scene(seed: int, size: int = 96) -> np.ndarray:
@@ -93,8 +93,8 @@ def test_places_follow_time() -> None:
 
 def test_clips_of_the_same_mouth(shared_data: Path, tmp_path: Path) -> None:
     """60 sentences of one talker are no duplicates; the same sentence encoded anew is."""
-    from videogru.checking.duplicates import _unpacked
     from videogru.config import DataConfig
+    from videogru.data_check.duplicates import _unpacked
 
     clips = sorted((shared_data / "grid" / "videos").glob("*.mp4"))[:60]
     with av.open(str(clips[7])) as source, av.open(str(tmp_path / "again.mp4"), "w") as target:
@@ -116,9 +116,9 @@ def test_clips_of_the_same_mouth(shared_data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_thousand_clips_of_one_mouth_are_no_duplicates() -> None:
     """The digits that ship: half a million pairs of different clips, of 0.4 to 0.7 seconds each."""
-    from videogru.checking.duplicates import _unpacked
     from videogru.config import DataConfig
     from videogru.data.manifests.corpus import open_corpus
+    from videogru.data_check.duplicates import _unpacked
 
     data = DataConfig(dataset="grid_digits").for_kind("video")
     manifest = open_corpus(data).manifest

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.support.small_models import stirred_classifier
+from videogru.checkpoint.model_file import make_card
 from videogru.config import DataConfig
 from videogru.deploy import export
 from videogru.deploy.gate import cases_of, check_shapes
 from videogru.errors import ConfigError
-from videogru.modelfile import make_card
 from videogru.sequence import SequenceBatch
 
 for _package in ("onnx", "onnxruntime", "onnxscript", "openvino"):

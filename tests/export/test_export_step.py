@@ -13,6 +13,7 @@ import torch
 
 from tests.support.small_models import stirred_classifier
 from tests.support.stream_sources import write_stream_model
+from videogru.checkpoint.model_file import make_card, read_model
 from videogru.config import DataConfig, ModelConfig
 from videogru.data.readers.stream import open_stream
 from videogru.deploy import export
@@ -20,11 +21,10 @@ from videogru.deploy.examples import example_for
 from videogru.deploy.replay import replay
 from videogru.deploy.stream import Progress, StreamClassifier, check_calibrated, follow
 from videogru.errors import ConfigError
-from videogru.exported.folder import EXAMPLE_NAME, read_export_card
-from videogru.exported.run import open_exported
 from videogru.inference.predict import Predictor
-from videogru.modelfile import make_card, read_model
 from videogru.models.classifier import Classifier
+from videogru.runtime.backends import open_exported
+from videogru.runtime.export_folder import EXAMPLE_NAME, read_export_card
 from videogru.sequence import SequenceBatch
 
 for _package in ("onnx", "onnxruntime", "onnxscript", "openvino"):

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from tests.support.command_line import QUICK, videogru, write_video
 from tests.support.small_models import rewrite
 from tests.support.stream_sources import web_server, with_exits, write_stream_model
+from videogru.checkpoint.describe import describe_model
+from videogru.checkpoint.golden_sample import add_golden_sample, verify_model
+from videogru.checkpoint.model_file import FORMAT_VERSION, ExitTable, read_card
 from videogru.config import DataConfig
 from videogru.data.loading.clip_dataset import ClipDataset
 from videogru.data.manifests.corpus import open_corpus
@@ -20,7 +23,6 @@ from videogru.data.readers.stream import open_stream
 from videogru.data.readers.video.pyav_reader import PyavVideo
 from videogru.deploy.stream import Progress, StreamClassifier, check_has_end, follow, step_seconds_of
 from videogru.errors import ConfigError, DataError, ModelFileError
-from videogru.golden import add_golden_sample, verify_model
 from videogru.inference import early_exit
 from videogru.inference.early_exit import (
     calibrate,
@@ -34,8 +36,6 @@ from videogru.inference.early_exit import (
     threshold_for,
 )
 from videogru.inference.predict import Predictor
-from videogru.model_facts import describe_model
-from videogru.modelfile import FORMAT_VERSION, ExitTable, read_card
 
 
 def walk(seed: int, steps: int = 12, classes: int = 3) -> np.ndarray:

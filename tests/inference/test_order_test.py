@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from videogru.checkpoint.model_file import make_card
 from videogru.config import DataConfig, ModelConfig
 from videogru.data.manifests.corpus import Corpus
 from videogru.data.manifests.manifest import build_manifest
@@ -15,7 +16,6 @@ from videogru.errors import ConfigError, DataError
 from videogru.inference.metrics import paired_difference
 from videogru.inference.predict import Predictor
 from videogru.inference.probe import AS_IT_IS, probe
-from videogru.modelfile import make_card
 from videogru.models.classifier import Classifier
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torchvision.datasets import CIFAR100
 
 from tests.support.command_line import videogru
+from videogru.checkpoint.model_file import MODEL_FILE_NAME
 from videogru.inference.predict import Predictor
-from videogru.modelfile import MODEL_FILE_NAME
 from videogru.training.task import SequenceTask
 
 EACH = {"train": 10, "val": 14}  # rows

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from videogru.checkpoint.model_file import make_card, write_model
 from videogru.config import DataConfig, ModelConfig
 from videogru.errors import ConfigError
 from videogru.inference.predict import Predictor
-from videogru.modelfile import make_card, write_model
 from videogru.models.classifier import Classifier
 
 

@@ -11,7 +11,7 @@ from tests.support.thinning import thinned
 from videogru.config import ModelConfig
 from videogru.models.checkpointing import by_stage, stages
 from videogru.models.classifier import Classifier
-from videogru.models.encoder import ResidualBlock
+from videogru.models.encoders.encoder import ResidualBlock
 
 LENGTHS = torch.tensor([3, 1, 2])
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from videogru.config import ModelConfig
-from videogru.models.cells import EMBEDDING_SIZE
+from videogru.models.cells.cells import EMBEDDING_SIZE
 from videogru.models.classifier import Classifier
 from videogru.models.cost import count_macs
 

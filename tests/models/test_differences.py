@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from tests.models.test_classifier import LENGTHS, make, make_frames
 from videogru.config import ModelConfig
 from videogru.models.differences import PLANES, add_differences
-from videogru.models.encoder import build_encoder
+from videogru.models.encoders.encoder import build_encoder
 
 
 def by_hand(clip: np.ndarray, mode: str) -> np.ndarray:

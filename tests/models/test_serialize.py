@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from videogru.config import ModelConfig
-from videogru.models.encoder import build_encoder
+from videogru.models.encoders.encoder import build_encoder
 from videogru.models.serialize import PATTERNS, serialize, step_size, steps_per_frame, valid_steps
 
 B, T, D, H, W = 2, 3, 4, 2, 5

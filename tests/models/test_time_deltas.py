@@ -11,7 +11,7 @@ from videogru.config import AugmentConfig, DataConfig, ModelConfig
 from videogru.data.clips.augment import drop_steps
 from videogru.data.loading.batching import Item, collate
 from videogru.models.classifier import Classifier
-from videogru.models.gaps import GapEmbedding
+from videogru.models.time_deltas import GapEmbedding
 from videogru.sequence import FrameSequence, SequenceBatch
 
 

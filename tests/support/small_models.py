@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from videogru.checkpoint.golden_sample import add_golden_sample
+from videogru.checkpoint.model_file import make_card, write_model
 from videogru.config import DataConfig, ModelConfig
-from videogru.golden import add_golden_sample
-from videogru.modelfile import make_card, write_model
 from videogru.models.classifier import Classifier
 
 

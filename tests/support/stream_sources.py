@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from tests.support.small_models import rewrite
+from videogru.checkpoint.model_file import make_card, write_model
 from videogru.config import DataConfig, ModelConfig
-from videogru.modelfile import make_card, write_model
 from videogru.models.classifier import Classifier
 
 CLASSES = ("one", "two", "three")

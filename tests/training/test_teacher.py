@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.training.test_fit import StopAt, bars, losses, same, settings, train
+from videogru.checkpoint.model_file import make_card, read_card, write_model
 from videogru.config import Config, TrainConfig
 from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, DataError, Interrupted
-from videogru.modelfile import make_card, read_card, write_model
 from videogru.models.digest import weights_digest
 from videogru.sequence import SequenceBatch
 from videogru.training import teacher as teaching

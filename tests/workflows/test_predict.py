@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests.support.command_line import videogru
+from videogru.checkpoint.model_file import ModelCard
 from videogru.config import DataConfig
 from videogru.errors import ConfigError, ModelFileError
 from videogru.inference import answers
 from videogru.inference.predictions import Predictions
-from videogru.modelfile import ModelCard
 
 
 def quiet(text: str) -> None:

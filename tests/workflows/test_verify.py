@@ -14,11 +14,11 @@ import torch
 
 from tests.support.command_line import videogru
 from tests.support.small_models import written
+from videogru.checkpoint.golden_sample import golden_batch
+from videogru.checkpoint.model_file import read_model
 from videogru.deploy import export, graph, verify
-from videogru.exported.folder import file_sum
-from videogru.golden import golden_batch
-from videogru.modelfile import read_model
 from videogru.models.classifier import Normalize
+from videogru.runtime.export_folder import file_sum
 
 for _package in ("onnx", "onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(_package)

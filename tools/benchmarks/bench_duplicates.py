@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from tools.measuring import Parser
-from videogru.checking import near
-from videogru.checking.signature import SCENE_BITS, places, signatures, small_gray
 from videogru.config import DataConfig
 from videogru.data.manifests.corpus import open_corpus
+from videogru.data_check import near_duplicates as near
+from videogru.data_check.perceptual_hash import SCENE_BITS, places, signatures, small_gray
 
 Frames = NDArray[np.uint8]  # (T H W 3)
 

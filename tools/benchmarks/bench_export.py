@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from tools.measuring import Parser, exit_code, machine, machine_sentence, write_json, write_text
+from videogru.checkpoint.model_file import ModelCard, make_card, read_model, write_model
 from videogru.config import DataConfig, ModelConfig
 from videogru.deploy.bench import Bench, bench_models
 from videogru.deploy.export import build, check_wanted
 from videogru.deploy.gate import answers_of, cases_of
 from videogru.deploy.replay import replay
 from videogru.errors import VideogruError
-from videogru.modelfile import ModelCard, make_card, read_model, write_model
 from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
 

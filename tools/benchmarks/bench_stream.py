@@ -50,8 +50,8 @@ from tools.measuring import (
     write_picture,
     write_text,
 )
-from videogru.exported.folder import FORMATS, PRECISIONS
-from videogru.modelfile import find_model, read_model
+from videogru.checkpoint.model_file import find_model, read_model
+from videogru.runtime.export_folder import FORMATS, PRECISIONS
 
 WARM_UP = 20
 GOAL = 12.0  # times a step, at least

@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from torchmetrics.functional.text import edit_distance
 
 from tools.measuring import Parser, exit_code, machine, machine_sentence, progress, write_json, write_text
+from videogru.checkpoint.model_file import find_model
 from videogru.config import SPLITS, DataConfig
 from videogru.data.manifests.corpus import open_corpus
 from videogru.errors import DataError, SourceError
 from videogru.inference.metrics import interval, resample_counts
 from videogru.inference.predict import Predictor
 from videogru.inference.timeline import MIN_CONFIDENCE, Segment, read_timeline
-from videogru.modelfile import find_model
 
 OVERLAPS = (0.1, 0.25, 0.5)
 RESAMPLES = 1000

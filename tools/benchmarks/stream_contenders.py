@@ -9,12 +9,12 @@ from torch import Tensor
 from torchvision.models.video import r3d_18
 
 from tools.benchmarks.bench_export import STREAM_FPS, noise
+from videogru.checkpoint.model_file import ModelCard, make_card
 from videogru.config import DataConfig, ModelConfig
 from videogru.deploy.export import build as build_export
 from videogru.deploy.export import check_wanted
-from videogru.exported.run import open_exported
-from videogru.modelfile import ModelCard, make_card
 from videogru.models.classifier import Classifier
+from videogru.runtime.backends import open_exported
 
 Reader = Callable[[Tensor], Tensor]
 

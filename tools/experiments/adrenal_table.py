@@ -28,13 +28,13 @@ from tools.measuring import (
     write_picture,
     write_text,
 )
+from videogru.checkpoint.model_file import MODEL_FILE_NAME, read_model
 from videogru.config import Config
 from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import DataError
 from videogru.inference.metrics import resample_counts
 from videogru.inference.predict import Change, Predictor
 from videogru.inference.predictions import Predictions, read_csv
-from videogru.modelfile import MODEL_FILE_NAME, read_model
 from videogru.runfolder import run_config
 from videogru.sequence import SequenceBatch
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from videogru.checkpoint.model_file import MODEL_FILE_NAME
 from videogru.config import Config, DataConfig
 from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import ConfigError, DataError
 from videogru.inference.metrics import resample_counts
-from videogru.modelfile import MODEL_FILE_NAME
 from videogru.resources import data_root
 from videogru.runfolder import run_config
 from videogru.settings import parse_assignments

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from tools.experiments.article import HOLDS, INTERVALS, interval, points, samples, verdict
 from tools.experiments.distillation_rows import ROWS, TASKS, run_folder
 from tools.measuring import machine, machine_sentence, median_range, write_json, write_text
+from videogru.checkpoint.model_file import MODEL_FILE_NAME, read_model
 from videogru.errors import DataError
 from videogru.inference.predictions import read_csv
-from videogru.modelfile import MODEL_FILE_NAME, read_model
 from videogru.models.classifier import Classifier
 from videogru.models.cost import count_macs
 

@@ -21,8 +21,8 @@ from videogru.config import Split
 from videogru.data.manifests.corpus import Corpus
 from videogru.deploy.export import export_model
 from videogru.deploy.gate import check_split
-from videogru.exported.folder import FORMATS, PRECISIONS
 from videogru.inference.predict import Predictor
+from videogru.runtime.export_folder import FORMATS, PRECISIONS
 
 POINTS, AREA = 0.5, 0.005  # that may be lost
 SPLITS: tuple[Split, ...] = ("val", "test")

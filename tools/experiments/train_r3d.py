@@ -30,6 +30,7 @@ from torch import nn
 from torchvision.models.video import r3d_18
 
 from tools.measuring import INTERRUPTED, Parser, exit_code
+from videogru.checkpoint.model_file import ModelCard, find_model, read_card
 from videogru.config import Config
 from videogru.data.loading.batching import EpochBatches
 from videogru.data.loading.datamodule import CorpusModule
@@ -37,7 +38,6 @@ from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import DataError
 from videogru.inference.evaluate import evaluate
 from videogru.inference.predict import Predictor
-from videogru.modelfile import ModelCard, find_model, read_card
 from videogru.models.classifier import Normalize
 from videogru.runfolder import run_config
 from videogru.training.averaging import weight_average

@@ -32,12 +32,12 @@ from tools.measuring import (
     write_json,
     write_text,
 )
+from videogru.checkpoint.model_file import MODEL_FILE_NAME, read_model
 from videogru.config import Config
 from videogru.errors import DataError
 from videogru.inference.evaluate import evaluate, usable_rows
 from videogru.inference.metrics import paired_difference
 from videogru.inference.predictions import Predictions, read_csv
-from videogru.modelfile import MODEL_FILE_NAME, read_model
 from videogru.models.cost import count_macs
 from videogru.runfolder import run_config
 from videogru.training.fit import precision

@@ -29,10 +29,10 @@ import torch
 
 from tools.fuzzing.fuzzing import findings_of, peak_mib, reset_peak
 from tools.measuring import Parser, exit_code, machine, machine_lines, write_json, write_text
+from videogru.checkpoint.golden_sample import add_golden_sample, verify_model
+from videogru.checkpoint.model_file import make_card, read_card, write_model
 from videogru.config import DataConfig, ModelConfig
 from videogru.errors import ModelFileError
-from videogru.golden import add_golden_sample, verify_model
-from videogru.modelfile import make_card, read_card, write_model
 from videogru.models.classifier import Classifier
 
 MOST_MIB = 512  # above what was: the largest golden clip at the largest frame that a card may ask for is not small

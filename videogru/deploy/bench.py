@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from videogru.assessing import open_run, with_classes_of
+from videogru.checkpoint.model_file import ModelCard, find_model, read_card
 from videogru.config import Split
 from videogru.deploy.replay import child_environment, last_error
 from videogru.errors import ConfigError, ModelFileError
-from videogru.exported.folder import is_exported, read_export_card
 from videogru.inference.evaluate import evaluate
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import atomic_path, atomic_text
-from videogru.modelfile import ModelCard, find_model, read_card
+from videogru.runtime.export_folder import is_exported, read_export_card
 
 Say = Callable[[str], None]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from videogru.exported.folder import is_exported
+from videogru.runtime.export_folder import is_exported
 
 
 class Loaded(NamedTuple):
@@ -30,14 +30,14 @@ class Loaded(NamedTuple):
 def load(path: Path, threads: int) -> Loaded:
     """The model, with all that is imported for it."""
     if is_exported(path):
-        from videogru.exported.run import open_exported
+        from videogru.runtime.backends import open_exported
 
         exported = open_exported(path, threads=threads)
         card = exported.card
         return Loaded(exported.probabilities, card.frame_shape, card.frame_type)
     import torch
 
-    from videogru.modelfile import find_model, read_model
+    from videogru.checkpoint.model_file import find_model, read_model
 
     torch.set_num_threads(threads)
     classifier, model_card = read_model(find_model(path))

@@ -1,6 +1,6 @@
 """The example beside an exported model: a script that needs the runtime and numpy, and nothing of videogru."""
 
-from videogru.exported.folder import ExportCard
+from videogru.runtime.export_folder import ExportCard
 
 _HEAD = '''"""Class of a clip: python example.py FRAMES.npy{more}
 
@@ -72,7 +72,7 @@ _IMPORTS = {
     "onnx": "import onnxruntime\n",
     "openvino": "import openvino\n",
     "pt2": "import torch\n",
-    "tensorrt": "from videogru.exported.tensorrt import load_engine\n",
+    "tensorrt": "from videogru.runtime.tensorrt import load_engine\n",
 }
 _NEEDS = {
     "onnx": "pip install numpy onnxruntime",

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from videogru import __version__
 from videogru.assessing import open_run, with_classes_of
+from videogru.checkpoint.golden_sample import PATTERN, golden_batch
+from videogru.checkpoint.model_file import ModelCard, read_model
 from videogru.config import Config
 from videogru.data.loading.batching import OrderedBatches
 from videogru.data.loading.clip_dataset import ClipDataset
@@ -28,7 +30,10 @@ from videogru.deploy import graph, stepped
 from videogru.deploy.examples import example_for
 from videogru.deploy.gate import SHAPES, Checked, cases_of, check_shapes, check_split, split_to_check
 from videogru.errors import ConfigError, DataError
-from videogru.exported.folder import (
+from videogru.inference.predict import Predictor
+from videogru.models.classifier import Classifier
+from videogru.runtime.backends import open_exported
+from videogru.runtime.export_folder import (
     CARD_NAME,
     EXAMPLE_NAME,
     EXPORT_VERSION,
@@ -37,11 +42,6 @@ from videogru.exported.folder import (
     check_packages,
     file_sum,
 )
-from videogru.exported.run import open_exported
-from videogru.golden import PATTERN, golden_batch
-from videogru.inference.predict import Predictor
-from videogru.modelfile import ModelCard, read_model
-from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
 
 CALIBRATION_CLIPS = 64
@@ -216,7 +216,7 @@ def write_graph(model: Any, format: str, files: Sequence[Path], *, half: bool, l
     elif format == "openvino":
         write_openvino(content, files[0], half=half)
     else:
-        from videogru.exported.tensorrt import build_engine
+        from videogru.runtime.tensorrt import build_engine
 
         files[0].write_bytes(build_engine(content, half=half, length=length))
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import videogru
-from videogru.exported.run import open_exported
+from videogru.runtime.backends import open_exported
 
 Arrays = dict[str, NDArray[Any]]
 

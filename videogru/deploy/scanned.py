@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 
-from videogru.models.cells import HyperGRU, MinGRU
+from videogru.models.cells.cells import HyperGRU, MinGRU
+from videogru.models.cells.conv_gru import ConvGRU
 from videogru.models.classifier import Classifier
-from videogru.models.conv_gru import ConvGRU
 
 Cell = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from videogru.deploy import graph
-from videogru.exported.folder import NEXT
 from videogru.models.classifier import Classifier
+from videogru.runtime.export_folder import NEXT
 from videogru.sequence import SequenceBatch
 
 _STREAMS = 2  # a graph is traced with these

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from videogru.checkpoint.model_file import ModelCard, find_model
 from videogru.config import DataConfig
 from videogru.data.clips.pace import Pace
 from videogru.data.clips.transforms import prepare_clip
@@ -21,11 +22,10 @@ from videogru.data.readers.stream import FrameStream, open_stream
 from videogru.deploy.live import NewestFrames
 from videogru.deploy.stream_output import LiveLine, RecordWriter, live_line_file
 from videogru.errors import ConfigError, Interrupted, SourceError
-from videogru.exported.folder import is_exported, read_export_card
 from videogru.inference.answers import check_writable, newest_of_kind
 from videogru.inference.early_exit import known_exits, threshold_for
 from videogru.inference.predict import Predictor
-from videogru.modelfile import ModelCard, find_model
+from videogru.runtime.export_folder import is_exported, read_export_card
 from videogru.sequence import FrameSequence
 
 Say = Callable[[str], None]

@@ -11,17 +11,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from videogru.checkpoint.golden_sample import PATTERN, Replay, compare, devices_here, golden_logits, replay
+from videogru.checkpoint.model_file import ModelCard, read_card, read_model
 from videogru.deploy import graph
 from videogru.deploy.export import build, check_wanted, frame_type_of, golden_case
 from videogru.deploy.gate import PADDING_TOLERANCE
 from videogru.deploy.replay import ReplayFailed
 from videogru.deploy.replay import replay as replay_export
 from videogru.errors import ConfigError, GateRefused, VideogruError
-from videogru.exported.folder import FORMATS, check_packages, is_exported, read_export_card
-from videogru.exported.run import RUNTIMES, check_runtime
-from videogru.golden import PATTERN, Replay, compare, devices_here, golden_logits, replay
-from videogru.modelfile import ModelCard, read_card, read_model
 from videogru.models.classifier import Classifier
+from videogru.runtime.backends import RUNTIMES, check_runtime
+from videogru.runtime.export_folder import FORMATS, check_packages, is_exported, read_export_card
 
 BACKENDS = ("torch", "cuda", "mps", *FORMATS)
 _FLOOR = -80.0  # of a logarithm: float32 has no smaller probabilities

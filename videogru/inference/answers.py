@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from videogru.checkpoint.model_file import MODEL_FILE_NAME, ModelCard, find_model, newest_model, read_card
 from videogru.config import DataConfig, Kind
 from videogru.data.clips.views import Views
 from videogru.data.readers.file_types import kind_of_source, media_files
@@ -19,7 +20,6 @@ from videogru.data.readers.video.frame_folder import is_frame_folder
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions, atomic_text
-from videogru.modelfile import MODEL_FILE_NAME, ModelCard, find_model, newest_model, read_card
 from videogru.settings import resolve_config
 
 RUNS = Path("runs")

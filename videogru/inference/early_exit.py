@@ -20,6 +20,15 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
+from videogru.checkpoint.model_file import (
+    FORMAT_VERSION,
+    ExitTable,
+    ModelCard,
+    find_model,
+    read_card,
+    read_model,
+    write_model,
+)
 from videogru.config import Config, DataConfig, Split
 from videogru.data.loading.batching import OrderedBatches
 from videogru.data.loading.clip_dataset import ClipDataset
@@ -27,7 +36,6 @@ from videogru.data.loading.clip_loader import ClipLoader, default_workers
 from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.predict import Predictor
-from videogru.modelfile import FORMAT_VERSION, ExitTable, ModelCard, find_model, read_card, read_model, write_model
 from videogru.models.streaming import what_reads_ahead
 from videogru.sequence import SequenceBatch
 

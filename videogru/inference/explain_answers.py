@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from videogru.checkpoint.model_file import find_model, read_card
 from videogru.config import DataConfig, Kind
 from videogru.data.clips.read_clip import read_clip
 from videogru.data.clips.transforms import prepare_clip
@@ -33,7 +34,6 @@ from videogru.inference.predict import Predictor
 from videogru.inference.predictions import Predictions
 from videogru.inference.timeline_answers import Pictures
 from videogru.inference.timeline_picture import write_picture
-from videogru.modelfile import find_model, read_card
 from videogru.sequence import FrameSequence
 
 PICTURES = Path("explanations")

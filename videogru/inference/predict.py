@@ -10,6 +10,7 @@ from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from videogru.checkpoint.model_file import ModelCard, find_model, read_card, read_model
 from videogru.config import DataConfig
 from videogru.data.clips.views import ONE_VIEW, Views
 from videogru.data.loading.batching import OrderedBatches
@@ -21,11 +22,10 @@ from videogru.data.manifests.corpus import Corpus
 from videogru.data.manifests.manifest import build_manifest
 from videogru.data.readers.video.open import check_decoder
 from videogru.errors import ConfigError, ModelFileError
-from videogru.exported.folder import is_exported
-from videogru.exported.run import Exported, open_exported
 from videogru.inference.predictions import Predictions
-from videogru.modelfile import ModelCard, find_model, read_card, read_model
 from videogru.models.classifier import Classifier
+from videogru.runtime.backends import Exported, open_exported
+from videogru.runtime.export_folder import is_exported
 from videogru.sequence import SequenceBatch
 from videogru.shapes import BatchFrames, Gaps, Lengths
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from videogru.checkpoint.model_file import find_model, read_card
 from videogru.config import DataConfig
 from videogru.data.clips.read_clip import read_clip
 from videogru.data.clips.transforms import prepare_clip
@@ -23,7 +24,6 @@ from videogru.inference.predict import Predictor
 from videogru.inference.predictions import atomic_text
 from videogru.inference.timeline import Timeline, read_timeline
 from videogru.inference.timeline_picture import FRAMES, draw_timeline, write_picture
-from videogru.modelfile import find_model, read_card
 
 PICTURES = Path("timelines")
 COLUMNS = ("source", "start_seconds", "end_seconds", "predicted", "confidence", "error")

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 from videogru.config import ModelConfig
 from videogru.errors import ConfigError
 from videogru.models.attention import LocalAttention
-from videogru.models.conv_gru import ConvRecurrent
+from videogru.models.cells.conv_gru import ConvRecurrent
 from videogru.models.differences import PLANES, add_difference, add_differences
-from videogru.models.encoder import build_encoder
-from videogru.models.gaps import GapEmbedding
+from videogru.models.encoders.encoder import build_encoder
 from videogru.models.head import Head
 from videogru.models.lookahead import Lookahead
 from videogru.models.recurrent import Recurrent
 from videogru.models.serialize import serialize, step_size, steps_per_frame, valid_steps
 from videogru.models.streaming import Slot, State, check_state, fresh_state, of_part, prefixed, what_reads_ahead
+from videogru.models.time_deltas import GapEmbedding
 from videogru.shapes import BatchFrames, FeatureMaps, Gaps, Lengths, Logits, StreamFrames
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from videogru.config import ModelConfig
-from videogru.models.cells import HyperGRU, MinGRU, init_gates
+from videogru.models.cells.cells import HyperGRU, MinGRU, init_gates
 from videogru.models.checkpointing import in_chunks
 from videogru.models.serialize import valid_steps
 from videogru.models.streaming import Slot, State, of_part, prefixed

@@ -21,6 +21,8 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
+from videogru.checkpoint.golden_sample import add_golden_sample
+from videogru.checkpoint.model_file import MODEL_FILE_NAME, ModelCard, TeacherFacts, make_card, write_model
 from videogru.config import SPLITS, Config
 from videogru.data.loading.batching import EpochBatches
 from videogru.data.loading.datamodule import CorpusModule
@@ -28,8 +30,6 @@ from videogru.data.loading.feature_store import FeatureRows
 from videogru.data.manifests.corpus import Corpus
 from videogru.encoded import classifier_over, features_of, open_features
 from videogru.errors import ConfigError, DataError, Interrupted
-from videogru.golden import add_golden_sample
-from videogru.modelfile import MODEL_FILE_NAME, ModelCard, TeacherFacts, make_card, write_model
 from videogru.models.classifier import Classifier
 from videogru.training.averaging import weight_average
 from videogru.training.callbacks import BadFiles, Scores, StepNews

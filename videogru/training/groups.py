@@ -6,7 +6,7 @@ from torch import nn
 
 from videogru.config import TrainConfig
 from videogru.errors import ConfigError
-from videogru.models.conv_gru import ConvGRU
+from videogru.models.cells.conv_gru import ConvGRU
 
 
 def decay_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -24,13 +24,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from videogru.checkpoint.model_file import TeacherFacts, find_model, read_model
 from videogru.config import AugmentConfig, Config, DataConfig, Kind
 from videogru.data.loading.batching import OrderedBatches
 from videogru.data.loading.clip_dataset import ClipDataset
 from videogru.data.loading.clip_loader import ClipLoader, default_workers
 from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, Interrupted, VideogruError
-from videogru.modelfile import TeacherFacts, find_model, read_model
 from videogru.models.classifier import Classifier
 from videogru.models.digest import weights_digest
 from videogru.models.serialize import valid_steps

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.data.readers.video.test_video import make_video
+from videogru.checkpoint.model_file import make_card
 from videogru.config import DataConfig, ModelConfig
 from videogru.data.clips.read_clip import read_clips
 from videogru.data.clips.transforms import fit_frames, prepare_clip
@@ -14,7 +15,6 @@ from videogru.data.clips.views import check_views, crop_places, parse_views
 from videogru.data.readers.open import open_source
 from videogru.errors import ConfigError
 from videogru.inference.predict import Predictor
-from videogru.modelfile import make_card
 from videogru.models.classifier import Classifier
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.support.command_line import QUICK, videogru, write_video
+from videogru.checkpoint.model_file import read_model
 from videogru.config import DataConfig
 from videogru.data.clips.read_clip import read_clip
 from videogru.data.clips.transforms import prepare_clip
@@ -21,7 +22,6 @@ from videogru.data.loading.frame_cache import FrameCache
 from videogru.data.manifests.corpus import open_corpus
 from videogru.data.readers.open import open_source
 from videogru.errors import ConfigError, SourceError
-from videogru.modelfile import read_model
 
 COUNT = 12  # frames of a made video
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from videogru.checkpoint.model_file import make_card, write_model
 from videogru.config import DataConfig, ModelConfig
 from videogru.data.clips.read_clip import read_clip
 from videogru.data.clips.transforms import prepare_clip
@@ -20,7 +21,6 @@ from videogru.inference import timeline_answers
 from videogru.inference.predict import Predictor
 from videogru.inference.timeline import Segment, choose, join, read_timeline, slide
 from videogru.inference.timeline_picture import draw_timeline
-from videogru.modelfile import make_card, write_model
 from videogru.models.classifier import Classifier
 
 CLASSES = ("dark", "gray", "bright")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from videogru.models import cells
-from videogru.models.cells import EMBEDDING_SIZE, HyperGRU, MinGRU, _by_doubling, linear_recurrence
+from videogru.models.cells import cells
+from videogru.models.cells.cells import EMBEDDING_SIZE, HyperGRU, MinGRU, _by_doubling, linear_recurrence
 
 
 def hyper(*, at_random: bool) -> HyperGRU:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from videogru.config import ModelConfig
+from videogru.models.cells.conv_gru import ConvGRU, ConvRecurrent
 from videogru.models.classifier import Classifier
-from videogru.models.conv_gru import ConvGRU, ConvRecurrent
 from videogru.training.groups import muon_groups
 
 LENGTHS = torch.tensor([5, 1, 3])

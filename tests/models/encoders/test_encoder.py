@@ -10,7 +10,7 @@ from torchvision import models
 
 from videogru.config import ModelConfig
 from videogru.errors import ConfigError
-from videogru.models.encoder import build_encoder
+from videogru.models.encoders.encoder import build_encoder
 
 
 def make(encoder: str = "small", in_channels: int = 3, frame_size: int = 32, **settings):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from videogru.models.sweeps import Sweep
+from videogru.models.encoders.sweeps import Sweep
 
 
 def both_ways(gru: nn.GRU, steps: torch.Tensor) -> torch.Tensor:

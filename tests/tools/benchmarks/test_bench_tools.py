@@ -17,7 +17,7 @@ from videogru.config import Config
 from videogru.data.loading.datamodule import CorpusModule
 from videogru.data.manifests.corpus import Corpus
 from videogru.data.manifests.manifest import build_manifest
-from videogru.models.encoder import Encoder
+from videogru.models.encoders.encoder import Encoder
 from videogru.training.fit import build_classifier
 
 TINY = {

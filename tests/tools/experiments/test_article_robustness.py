@@ -15,9 +15,9 @@ import torch
 from tests.tools.experiments.test_reproduce_article import RECIPE, accept, train_tiny, write_tiny_cifar
 from tools.experiments import article
 from tools.experiments import article_robustness as robustness
+from videogru.checkpoint.model_file import read_model
 from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import DataError
-from videogru.modelfile import read_model
 
 FILL = np.array([10, 20, 30], dtype=np.uint8)
 ROWS = np.arange(6, dtype=np.int64)

@@ -9,8 +9,8 @@ import torch
 from tools.experiments import distillation_table, reproduce_distillation
 from tools.experiments.article import flat_settings
 from tools.experiments.distillation_rows import ROWS, TASKS, run_folder, wanted_config
+from videogru.checkpoint.model_file import MODEL_FILE_NAME, make_card, write_model
 from videogru.inference.predictions import Predictions
-from videogru.modelfile import MODEL_FILE_NAME, make_card, write_model
 from videogru.training.fit import build_classifier
 
 COUNT = 400

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from tools.data.frame_numbers import number_in, paint
-from videogru.checking.inspection import inspect_source
 from videogru.config import DataConfig
 from videogru.data.clips import sampling
 from videogru.data.clips.read_clip import read_clip
 from videogru.data.readers.open import open_source
 from videogru.data.readers.video.open import open_video
 from videogru.data.readers.video.pyav_reader import PyavVideo
+from videogru.data_check.inspect import inspect_source
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 TRUTH = json.loads((GOLDEN / "video_matrix.json").read_text(encoding="utf-8"))

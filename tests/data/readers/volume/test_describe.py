@@ -10,10 +10,10 @@ from PIL import Image
 
 from tests.support.command_line import write_video
 from videogru import checks, cli
-from videogru.checking.scan_sheet import write_scan_sheet
 from videogru.config import DataConfig
 from videogru.data.readers.volume.describe import describe_scan, ras_voxels
 from videogru.data.readers.volume.volume import open_volume
+from videogru.data_check.scan_sheet import write_scan_sheet
 from videogru.errors import ConfigError, DataError, SourceError
 
 AXIAL = DataConfig(axis="axial").for_kind("volume")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from videogru.checkpoint.model_file import make_card, read_model, write_model
 from videogru.config import DataConfig, ModelConfig
 from videogru.data.readers.volume import volume as volume_module
 from videogru.data.readers.volume.volume import open_volume, to_unit_range
 from videogru.errors import SourceError
-from videogru.modelfile import make_card, read_model, write_model
 from videogru.models.classifier import Classifier
 
 ZSCORE = DataConfig(intensity="zscore")

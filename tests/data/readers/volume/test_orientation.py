@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from videogru.checkpoint.model_file import make_card
 from videogru.config import DataConfig, ModelConfig
 from videogru.data.readers.volume import volume as volume_module
 from videogru.data.readers.volume.volume import chosen_axis, open_volume
 from videogru.errors import SourceError
 from videogru.inference.predict import Predictor
-from videogru.modelfile import make_card
 from videogru.models.classifier import Classifier
 
 ORIENTATIONS = [

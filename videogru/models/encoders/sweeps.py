@@ -4,7 +4,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, autocast, nn
 
-from videogru.models.cells import init_gates
+from videogru.models.cells.cells import init_gates
 
 
 class Sweep(nn.Module):

@@ -21,7 +21,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from videogru.checking.check_table import (
+from videogru.config import DataConfig
+from videogru.data.loading.worker_pool import watched_map
+from videogru.data.manifests.corpus import Corpus, open_corpus
+from videogru.data.manifests.dataset_card import load_card
+from videogru.data_check.contact_sheet import write_contact_sheet
+from videogru.data_check.duplicates import Duplicates, Uses, find_duplicates, findings_of, uses_of, write_pairs
+from videogru.data_check.inspect import file_facts, inspect_source, packed_signature
+from videogru.data_check.manifest_problems import (
+    class_problems,
+    group_problems,
+    label_typos,
+    manifest_problems,
+    rows_with_lines,
+)
+from videogru.data_check.perceptual_hash import places, small_gray
+from videogru.data_check.results import (
     AGAIN,
     FORMAT,
     HASH_BYTES,
@@ -34,15 +49,6 @@ from videogru.checking.check_table import (
     write_findings,
     write_table,
 )
-from videogru.checking.contact_sheet import write_contact_sheet
-from videogru.checking.duplicates import Duplicates, Uses, find_duplicates, findings_of, uses_of, write_pairs
-from videogru.checking.inspection import file_facts, inspect_source, packed_signature
-from videogru.checking.problems import class_problems, group_problems, label_typos, manifest_problems, rows_with_lines
-from videogru.checking.signature import places, small_gray
-from videogru.config import DataConfig
-from videogru.data.loading.worker_pool import watched_map
-from videogru.data.manifests.corpus import Corpus, open_corpus
-from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import DataError, Interrupted, SourceError
 from videogru.resources import card_names
 

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from videogru.checking.duplicates import Pair, Uses
 from videogru.config import DataConfig, Kind
 from videogru.data.loading.worker_pool import watched_map
 from videogru.data.manifests.corpus import Corpus
 from videogru.data.readers.open import open_source
+from videogru.data_check.duplicates import Pair, Uses
 from videogru.errors import DataError, SourceError
 
 MOST_PAIRS = 24

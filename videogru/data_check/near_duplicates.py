@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from numpy.typing import NDArray
 
-from videogru.checking.signature import MOTION_BITS, SCENE_BITS, SIGNATURE_BYTES
+from videogru.data_check.perceptual_hash import MOTION_BITS, SCENE_BITS, SIGNATURE_BYTES
 
 # Measured by tools/benchmarks/bench_duplicates.py, which shows what they tell apart.
 STILL_SCENE = 0.1  # largest share of differing signs between two stills, or two clips without motion

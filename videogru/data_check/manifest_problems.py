@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from videogru.checking.check_table import Finding
 from videogru.config import SPLITS
 from videogru.data.manifests.manifest import Manifest, read_manifest
+from videogru.data_check.results import Finding
 from videogru.errors import DataError
 from videogru.settings import nearest
 

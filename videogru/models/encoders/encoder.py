@@ -19,7 +19,7 @@ from videogru.config import ModelConfig
 from videogru.errors import ConfigError
 from videogru.models.checkpointing import by_stage
 from videogru.models.differences import PLANES
-from videogru.models.sweeps import Sweep
+from videogru.models.encoders.sweeps import Sweep
 
 OWN_NETS = ("small", "airbench", "conv2", "pixels", "sweeps")
 SMALL_STEM_PIXELS = 64  # stem=auto: below and at this side, a torchvision net gets a stem that does not down-sample

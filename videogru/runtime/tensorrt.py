@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from videogru.errors import ConfigError, ModelFileError
-from videogru.exported.folder import EXPORT_AGAIN
+from videogru.runtime.export_folder import EXPORT_AGAIN
 
 MAX_BATCH, MAX_LENGTH = 32, 256  # an engine is built for a range of shapes
 

@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from videogru.checking.check_table import Finding, Record, whole_text
-from videogru.checking.near import MOST_PAIRS, near_pairs
-from videogru.checking.signature import SIGNATURE_BYTES
 from videogru.config import SPLITS
 from videogru.data.manifests.manifest import Manifest
+from videogru.data_check.near_duplicates import MOST_PAIRS, near_pairs
+from videogru.data_check.perceptual_hash import SIGNATURE_BYTES
+from videogru.data_check.results import Finding, Record, whole_text
 
 Same = Literal["file", "pixels", "nearly"]
 _SAID: dict[Same, str] = {"file": "the same file as", "pixels": "the same pixels as", "nearly": "nearly the same as"}

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from videogru.checking.check_table import FORMAT, SUMMARY, TABLE, Record, read_table
-from videogru.checking.inspection import file_facts
 from videogru.config import DataConfig
 from videogru.data.manifests.corpus import Corpus
+from videogru.data_check.inspect import file_facts
+from videogru.data_check.results import FORMAT, SUMMARY, TABLE, Record, read_table
 from videogru.errors import DataError
 
 CHECKS = Path("checks")

@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from videogru.checkpoint.model_file import ModelCard, read_model
 from videogru.config import DataConfig, ModelConfig
-from videogru.modelfile import ModelCard, read_model
 
 _NOT_READING = {"dataset", "data_dir", "cache", "cache_dir", "augment", "max_bad", "val_share", "test_share"}
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from videogru import __version__
 from videogru.config import MAX_CHANNELS, DataConfig, Kind, ModelConfig, Split
 from videogru.errors import ConfigError, ModelFileError, VideogruError
-from videogru.exported.folder import is_exported, read_export_card
 from videogru.models.classifier import Classifier, Normalize
+from videogru.runtime.export_folder import is_exported, read_export_card
 
 FORMAT_VERSION = 4  # 2: the golden sample; 3: the teacher; 4: the exit table
 MODEL_FILE_NAME = "model.safetensors"

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from videogru.checkpoint.model_file import FORMAT_VERSION, GoldenSample, ModelCard, read_model, write_model
 from videogru.config import DataConfig, Kind
 from videogru.data.clips.read_clip import read_clip
 from videogru.data.clips.transforms import prepare_clip
@@ -24,7 +25,6 @@ from videogru.data.readers.source import FrameSource
 from videogru.data.readers.volume.scan import Scan
 from videogru.data.readers.volume.volume import volume_of
 from videogru.errors import DataError
-from videogru.modelfile import FORMAT_VERSION, GoldenSample, ModelCard, read_model, write_model
 from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch, Unit
 

@@ -10,7 +10,15 @@ from jaxtyping import Float32, Int64, UInt8
 from numpy.typing import NDArray
 
 from videogru.errors import ConfigError, ModelFileError
-from videogru.exported.folder import EXPORT_AGAIN, MODEL_FILES, NEXT, PACKAGES, ExportCard, file_sum, read_export_card
+from videogru.runtime.export_folder import (
+    EXPORT_AGAIN,
+    MODEL_FILES,
+    NEXT,
+    PACKAGES,
+    ExportCard,
+    file_sum,
+    read_export_card,
+)
 
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "torch", "tensorrt": "tensorrt"}
 
@@ -179,7 +187,7 @@ def _open_openvino(card: ExportCard, threads: int | None, device: str) -> Run:
 def _open_pt2(card: ExportCard, threads: int | None, device: str) -> Run:
     import torch
 
-    from videogru.exported.pt2 import load_program
+    from videogru.runtime.pt2 import load_program
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -197,7 +205,7 @@ def _open_pt2(card: ExportCard, threads: int | None, device: str) -> Run:
 
 
 def _open_tensorrt(card: ExportCard, threads: int | None, device: str) -> Run:
-    from videogru.exported.tensorrt import load_engine
+    from videogru.runtime.tensorrt import load_engine
 
     return load_engine(card.folder / MODEL_FILES["tensorrt"][0])
 

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from videogru.config import ModelConfig
-from videogru.models.cells import init_gates
+from videogru.models.cells.cells import init_gates
 from videogru.models.recurrent import Recurrent, reversed_order
 from videogru.models.serialize import valid_steps
 from videogru.models.streaming import State, of_part, prefixed

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from videogru.errors import ConfigError, ModelFileError
-from videogru.exported.folder import EXPORT_AGAIN
+from videogru.runtime.export_folder import EXPORT_AGAIN
 
 
 def load_program(path: Path, device: str) -> Callable[..., Any]:
