@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from videogru.errors import VideogruError
-from videogru.inference.predictions import atomic_path, atomic_text
+from videogru.files import atomic_path, atomic_text
 
 INTERRUPTED = 130
 _Item = TypeVar("_Item")

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Classifier": "videogru.models.classifier",
     "FrameSequence": "videogru.sequence",
-    "Predictor": "videogru.inference.predict",
+    "Predictor": "videogru.inference.predictor",
     "open_source": "videogru.data.readers.open",
 }
 __all__ = ["Classifier", "FrameSequence", "Predictor", "__version__", "open_source"]

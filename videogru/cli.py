@@ -121,9 +121,9 @@ def train(
 
     Recipes (configs/NAME.yaml, of the data set or its kind) set other defaults than those shown.
     """
-    from videogru import runs
-    from videogru.runfolder import run_config
     from videogru.settings import parse_assignments
+    from videogru.workflows import train as runs
+    from videogru.workflows.run_folder import run_config
 
     values = {
         "dataset": dataset,
@@ -194,8 +194,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a model on a split: metrics with 95 % intervals, predictions, report."""
-    from videogru.assessing import evaluate_run
     from videogru.data.clips.views import parse_views
+    from videogru.workflows.evaluate import evaluate_run
 
     outcome = evaluate_run(
         run_or_model,
@@ -226,8 +226,8 @@ def probe(
     """Does the model need time? Its score with the frames shuffled, reversed, alone, and one by one."""
     from rich.table import Table
 
-    from videogru.assessing import probe_run
-    from videogru.inference.evaluate import METRIC_NAMES
+    from videogru.inference.evaluation import METRIC_NAMES
+    from videogru.workflows.evaluate import probe_run
 
     found = probe_run(run_or_model, split=split.value, data_dir=data_dir, device=device, say=say)
     table = Table("frames", METRIC_NAMES[found.metric], "95 % interval", "difference", box=None, pad_edge=False)

@@ -57,7 +57,8 @@ def data_info(
     set_: DataSetOption = None,
 ) -> None:
     """Classes, counts per split, shapes, durations or spacing of a data set; or what one scan, video or image is."""
-    from videogru import checks, runs
+    from videogru.workflows import check_data as checks
+    from videogru.workflows import train as runs
 
     named = {"suffix": suffix, "label_column": label}
     flags = {"volume": volume, "max_memory_gib": max_memory, "series": series, **named}
@@ -98,7 +99,7 @@ def data_check(
     set_: CheckSetOption = None,
 ) -> None:
     """Decode everything; find what cannot be read, copies across splits, and mistakes in the table. Can be resumed."""
-    from videogru import checks
+    from videogru.workflows import check_data as checks
 
     named = {"suffix": suffix, "label_column": label}
     assigned = [*(f"data.{key}={value}" for key, value in named.items() if value is not None), *(set_ or [])]

@@ -77,7 +77,7 @@ def export(
     data_dir: DataDirOption = None,
 ) -> None:
     """Export a model with its normalization, compare it with PyTorch, and keep it only where it is as good (else 4)."""
-    from videogru.deploy.export import export_model
+    from videogru.workflows.export import export_model
 
     done = export_model(
         run_or_model,
@@ -107,7 +107,7 @@ def bench(
     ] = Path("bench"),
 ) -> None:
     """Size, load time, latency, throughput, memory and accuracy of models and exports, side by side."""
-    from videogru.deploy.bench import bench_models
+    from videogru.workflows.benchmark import bench_models
 
     found = bench_models(
         models,

@@ -27,7 +27,7 @@ def encode(
     ] = None,
 ) -> None:
     """Run a model's encoder over a data set once, so that other heads and cells train in seconds. Can be resumed."""
-    from videogru.encoding import encode_data
+    from videogru.workflows.extract_features import encode_data
 
     done = encode_data(dataset, model, data_dir, out, progress=sys.stderr.isatty(), say=say)
     size = f"{done.bytes / 1e6:.1f} MB"

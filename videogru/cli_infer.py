@@ -61,9 +61,11 @@ def infer(
 ) -> None:
     """Name the class of files; every input gets a row, a prediction or an error."""
     from videogru.data.clips.views import parse_views
-    from videogru.inference import answers, explain_answers, timeline_answers
-    from videogru.inference.timeline import MIN_CONFIDENCE
+    from videogru.inference.timeline.timeline import MIN_CONFIDENCE
     from videogru.settings import parse_assignments
+    from videogru.workflows import explain as explain_answers
+    from videogru.workflows import predict as answers
+    from videogru.workflows import timeline as timeline_answers
 
     by_ending = {".csv": Format.csv, ".jsonl": Format.jsonl}
     chosen = format or (by_ending.get(out.suffix, Format.table) if out else Format.table)

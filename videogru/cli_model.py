@@ -46,8 +46,8 @@ def model_verify(
 ) -> None:
     """Replay the golden sample stored at training through PyTorch and every export runtime here (4 where one fails)."""
     from videogru.checkpoint.model_file import find_model
-    from videogru.deploy.verify import parse_backends, verify
     from videogru.errors import GateRefused, ModelFileError
+    from videogru.workflows.verify import parse_backends, verify
 
     names, failed, unread = parse_backends(backend), 0, 0
     for run_or_model in runs_or_models:
@@ -80,7 +80,7 @@ def model_calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
     """Write into a model file how sure it must be for `stream --exit-risk`, by reading videos. Weights stay."""
-    from videogru.deploy.calibrate import calibrate_run
+    from videogru.workflows.calibrate import calibrate_run
 
     failed = calibrate_run(run_or_model, split=split.value, dataset=dataset, data_dir=data_dir, device=device, say=say)
     if failed:

@@ -68,7 +68,7 @@ def stream(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
     """Follow a video as it comes; cost and memory per frame stay the same. For models with model.temporal=causal."""
-    from videogru.deploy.stream import answer_stream, parse_size
+    from videogru.workflows.stream import answer_stream, parse_size
 
     given = {"--every": every, "--fps": fps, "--step-seconds": step_seconds, "--restart": restart}
     for flag, value in given.items():

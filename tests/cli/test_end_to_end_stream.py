@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.command_line import videogru
 from tests.support.stream_sources import ffmpeg, web_server, write_stream_model
-from videogru.deploy.stream import StreamClassifier
+from videogru.inference.stream import StreamClassifier
 
 
 @pytest.fixture(scope="module")

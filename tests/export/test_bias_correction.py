@@ -7,8 +7,9 @@ from torch import nn
 
 pytest.importorskip("onnxruntime")
 
-from videogru.deploy import graph, quantize
-from videogru.deploy.bias_correction import channel_means
+from videogru.export import clip_graph as graph
+from videogru.export import quantize
+from videogru.export.bias_correction import channel_means
 
 
 class _Net(nn.Module):

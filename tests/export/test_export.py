@@ -17,17 +17,19 @@ import pytest
 import torch
 
 from tests.support.command_line import videogru
-from videogru.assessing import open_run
 from videogru.checkpoint.model_file import read_model
 from videogru.data.loading.clip_dataset import ClipDataset
-from videogru.deploy import export, gate, graph
 from videogru.errors import GateRefused, ModelFileError
-from videogru.inference.predict import Predictor
+from videogru.export import acceptance as gate
+from videogru.export import clip_graph as graph
 from videogru.inference.predictions import read_csv
+from videogru.inference.predictor import Predictor
 from videogru.models.classifier import Normalize
 from videogru.runtime.backends import open_exported
 from videogru.runtime.export_folder import read_export_card
 from videogru.runtime.pt2 import load_program
+from videogru.workflows import export
+from videogru.workflows.evaluate import open_run
 
 for _package in ("onnx", "onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(_package)

@@ -11,10 +11,10 @@ import torch
 from tests.support.small_models import stirred_classifier
 from videogru.checkpoint.model_file import make_card
 from videogru.config import DataConfig
-from videogru.deploy import export
-from videogru.deploy.gate import cases_of, check_shapes
 from videogru.errors import ConfigError
+from videogru.export.acceptance import cases_of, check_shapes
 from videogru.sequence import SequenceBatch
+from videogru.workflows import export
 
 for _package in ("onnx", "onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(_package)

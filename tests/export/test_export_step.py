@@ -16,16 +16,17 @@ from tests.support.stream_sources import write_stream_model
 from videogru.checkpoint.model_file import make_card, read_model
 from videogru.config import DataConfig, ModelConfig
 from videogru.data.readers.stream import open_stream
-from videogru.deploy import export
-from videogru.deploy.examples import example_for
-from videogru.deploy.replay import replay
-from videogru.deploy.stream import Progress, StreamClassifier, check_calibrated, follow
 from videogru.errors import ConfigError
-from videogru.inference.predict import Predictor
+from videogru.export.example_script import example_for
+from videogru.export.subprocess_run import replay
+from videogru.inference.predictor import Predictor
+from videogru.inference.stream import Progress, StreamClassifier, follow
 from videogru.models.classifier import Classifier
 from videogru.runtime.backends import open_exported
 from videogru.runtime.export_folder import EXAMPLE_NAME, read_export_card
 from videogru.sequence import SequenceBatch
+from videogru.workflows import export
+from videogru.workflows.stream import check_calibrated
 
 for _package in ("onnx", "onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(_package)

@@ -10,8 +10,8 @@ pytest.importorskip("onnxruntime")
 
 import onnxruntime
 
-from videogru.deploy import graph
-from videogru.deploy.scan_form import quantize_rows, scan_form
+from videogru.export import clip_graph as graph
+from videogru.export.onnx_rnn_to_scan import quantize_rows, scan_form
 
 D, H = 5, 7
 

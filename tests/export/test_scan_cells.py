@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from videogru.config import ModelConfig
-from videogru.deploy.scanned import scanned
+from videogru.export.scan_cells import scanned
 from videogru.models.classifier import Classifier
 
 

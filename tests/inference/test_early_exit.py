@@ -21,7 +21,6 @@ from videogru.data.loading.clip_dataset import ClipDataset
 from videogru.data.manifests.corpus import open_corpus
 from videogru.data.readers.stream import open_stream
 from videogru.data.readers.video.pyav_reader import PyavVideo
-from videogru.deploy.stream import Progress, StreamClassifier, check_has_end, follow, step_seconds_of
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference import early_exit
 from videogru.inference.early_exit import (
@@ -35,7 +34,9 @@ from videogru.inference.early_exit import (
     stepwise,
     threshold_for,
 )
-from videogru.inference.predict import Predictor
+from videogru.inference.predictor import Predictor
+from videogru.inference.stream import Progress, StreamClassifier, follow, step_seconds_of
+from videogru.workflows.stream import check_has_end
 
 
 def walk(seed: int, steps: int = 12, classes: int = 3) -> np.ndarray:

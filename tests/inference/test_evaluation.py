@@ -8,7 +8,7 @@ import pytest
 from sklearn import metrics as sk
 
 from videogru.errors import DataError
-from videogru.inference.evaluate import evaluate
+from videogru.inference.evaluation import evaluate
 from videogru.inference.predictions import Predictions, read_csv
 
 

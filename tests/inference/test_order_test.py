@@ -14,8 +14,8 @@ from videogru.data.manifests.corpus import Corpus
 from videogru.data.manifests.manifest import build_manifest
 from videogru.errors import ConfigError, DataError
 from videogru.inference.metrics import paired_difference
-from videogru.inference.predict import Predictor
-from videogru.inference.probe import AS_IT_IS, probe
+from videogru.inference.order_test import AS_IT_IS, probe
+from videogru.inference.predictor import Predictor
 from videogru.models.classifier import Classifier
 
 
@@ -92,7 +92,7 @@ def test_a_model_without_order_is_found_out(tmp_path: Path) -> None:
 
 def test_padding_stays_where_it_is() -> None:
     """Clips of different lengths: steps are changed among the valid ones only."""
-    from videogru.inference.probe import _picked, _reordered, _shuffle
+    from videogru.inference.order_test import _picked, _reordered, _shuffle
     from videogru.sequence import SequenceBatch
 
     frames = torch.arange(1, 11, dtype=torch.uint8).view(2, 5, 1, 1, 1).clone()

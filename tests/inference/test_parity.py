@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR100
 
 from tests.support.command_line import videogru
 from videogru.checkpoint.model_file import MODEL_FILE_NAME
-from videogru.inference.predict import Predictor
+from videogru.inference.predictor import Predictor
 from videogru.training.task import SequenceTask
 
 EACH = {"train": 10, "val": 14}  # rows

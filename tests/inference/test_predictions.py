@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from videogru.errors import DataError
-from videogru.inference.predictions import Predictions, atomic_text, read_csv
+from videogru.files import atomic_text
+from videogru.inference.predictions import Predictions, read_csv
 
 
 def make(count: int, num_classes: int, *, dtype: type = np.float64) -> Predictions:

@@ -8,7 +8,7 @@ from PIL import Image
 from videogru.checkpoint.model_file import make_card, write_model
 from videogru.config import DataConfig, ModelConfig
 from videogru.errors import ConfigError
-from videogru.inference.predict import Predictor
+from videogru.inference.predictor import Predictor
 from videogru.models.classifier import Classifier
 
 

@@ -15,9 +15,9 @@ from videogru.data.manifests.corpus import Corpus
 from videogru.data.manifests.manifest import build_manifest
 from videogru.models.classifier import Classifier
 from videogru.models.recurrent import Recurrent
-from videogru.runs import settings_for_training
 from videogru.settings import resolve_config
 from videogru.training.fit import build_classifier, fit
+from videogru.workflows.settings import settings_for_training
 
 AS_PRINTED = {"temporal": "causal", "pooling": "last", "layer_norm": False, "input_dropout": 0.0, "dropout": 0.0}
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.support.command_line import videogru
-from videogru.inference.explain_picture import TILES, shown_frames, shown_steps
+from videogru.inference.explain.figure import TILES, shown_frames, shown_steps
 
 RUNS = {"video": "runs/videos-0001", "volume": "runs/volumes-0001", "image": "runs/images-0001"}
 INPUT = {"video": "videos/a/0.mp4", "volume": "volumes/a/0.nii.gz", "image": "images/a/0.png"}

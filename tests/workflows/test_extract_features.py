@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.command_line import KINDS, videogru, write_picture, write_video, write_volume
-from videogru import encoded as encoded_module
 from videogru.checkpoint.model_file import MODEL_FILE_NAME, make_card, read_model, write_model
 from videogru.config import Config
 from videogru.data.loading.clip_dataset import ClipDataset
 from videogru.data.loading.feature_dataset import FeatureDataset
 from videogru.data.loading.feature_store import ARRAY, INDEX, FeatureWriter, read_index
 from videogru.data.manifests.corpus import open_corpus
-from videogru.encoded import features_of, open_features
-from videogru.encoding import encode_data
 from videogru.errors import DataError, Interrupted
 from videogru.inference.predictions import read_csv
 from videogru.models.classifier import Classifier
 from videogru.settings import resolve_config
+from videogru.training import features as encoded_module
+from videogru.training.features import features_of, open_features
+from videogru.workflows.extract_features import encode_data
 
 QUICK = ("--epochs", "2", "--set", "train.precision=fp32", "--set", "model.hidden_size=6")
 

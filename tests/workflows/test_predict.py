@@ -10,8 +10,8 @@ from tests.support.command_line import videogru
 from videogru.checkpoint.model_file import ModelCard
 from videogru.config import DataConfig
 from videogru.errors import ConfigError, ModelFileError
-from videogru.inference import answers
 from videogru.inference.predictions import Predictions
+from videogru.workflows import predict as answers
 
 
 def quiet(text: str) -> None:

@@ -20,12 +20,13 @@ from videogru.data.clips.transforms import prepare_clip
 from videogru.data.readers.open import open_source
 from videogru.data.readers.stream import open_stream
 from videogru.data.readers.video.live import StreamFrame
-from videogru.deploy import live
-from videogru.deploy.live import NewestFrames
-from videogru.deploy.stream import Progress, StreamClassifier, follow, parse_size, step_seconds_of
-from videogru.deploy.stream_output import LiveLine, RecordWriter
 from videogru.errors import ConfigError, DataError, SourceError
-from videogru.inference.predict import Predictor
+from videogru.inference import live_frames as live
+from videogru.inference.live_frames import NewestFrames
+from videogru.inference.predictor import Predictor
+from videogru.inference.stream import Progress, StreamClassifier, follow, step_seconds_of
+from videogru.workflows.stream import parse_size
+from videogru.workflows.stream_output import LiveLine, RecordWriter
 
 
 @pytest.fixture(scope="session")
@@ -325,4 +326,4 @@ def test_sizes_that_are_none(text: str) -> None:
 
 def test_sizes() -> None:
     assert parse_size("320x240") == parse_size("320X240") == (320, 240)
-    assert sys.modules["videogru.deploy.stream"]
+    assert sys.modules["videogru.workflows.stream"]

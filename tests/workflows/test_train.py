@@ -4,13 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from videogru import runfolder, runs
-from videogru.assessing import with_classes_of
 from videogru.config import Config, DataConfig
 from videogru.data.manifests.corpus import Corpus
 from videogru.data.manifests.manifest import build_manifest
 from videogru.errors import ConfigError, DataError
 from videogru.settings import resolve_config
+from videogru.workflows import run_folder as runfolder
+from videogru.workflows import train as runs
+from videogru.workflows.evaluate import with_classes_of
 
 
 def test_run_numbers_go_on_after_the_highest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ from tests.support.command_line import videogru
 from tests.support.small_models import written
 from videogru.checkpoint.golden_sample import golden_batch
 from videogru.checkpoint.model_file import read_model
-from videogru.deploy import export, graph, verify
+from videogru.export import clip_graph as graph
 from videogru.models.classifier import Normalize
 from videogru.runtime.export_folder import file_sum
+from videogru.workflows import export, verify
 
 for _package in ("onnx", "onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(_package)

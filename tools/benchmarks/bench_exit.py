@@ -37,15 +37,15 @@ from tools.measuring import (
     write_picture,
     write_text,
 )
-from videogru.assessing import open_run, with_classes_of
 from videogru.config import SPLITS
 from videogru.data.readers.stream import open_stream
 from videogru.data.readers.video.packet_index import kept_indexes
-from videogru.deploy.stream import Progress, StreamClassifier, follow, step_seconds_of
 from videogru.errors import ConfigError, DataError, SourceError
 from videogru.inference.early_exit import check_exits, known_exits, threshold_for
 from videogru.inference.metrics import Interval, interval, resample_counts
-from videogru.inference.predict import Predictor
+from videogru.inference.predictor import Predictor
+from videogru.inference.stream import Progress, StreamClassifier, follow, step_seconds_of
+from videogru.workflows.evaluate import open_run, with_classes_of
 
 RISKS = "0.01,0.02,0.05,0.1,0.2"
 RESAMPLES = 1000

@@ -50,16 +50,16 @@ from videogru.data.loading.worker_pool import Watch
 from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.data.manifests.manifest import build_manifest
 from videogru.errors import DataError
-from videogru.inference.explain import PATCHES, Variants, covering_map, explain
-from videogru.inference.explain_picture import draw_explanation
+from videogru.inference.explain.explain import PATCHES, Variants, covering_map, explain
+from videogru.inference.explain.figure import draw_explanation
 from videogru.inference.metrics import interval, resample_counts
-from videogru.inference.predict import Predictor
+from videogru.inference.predictor import Predictor
 from videogru.models.classifier import Classifier
-from videogru.runs import settings_for_training
 from videogru.sequence import FrameSequence
 from videogru.settings import resolve_config
 from videogru.training.fit import fit
 from videogru.training.state import STATE_FILE
+from videogru.workflows.settings import settings_for_training
 
 CLASSES = ("plain", "marked")
 RESAMPLES = 1000

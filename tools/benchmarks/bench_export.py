@@ -21,13 +21,13 @@ import torch
 from tools.measuring import Parser, exit_code, machine, machine_sentence, write_json, write_text
 from videogru.checkpoint.model_file import ModelCard, make_card, read_model, write_model
 from videogru.config import DataConfig, ModelConfig
-from videogru.deploy.bench import Bench, bench_models
-from videogru.deploy.export import build, check_wanted
-from videogru.deploy.gate import answers_of, cases_of
-from videogru.deploy.replay import replay
 from videogru.errors import VideogruError
+from videogru.export.acceptance import answers_of, cases_of
+from videogru.export.build import build, check_wanted
+from videogru.export.subprocess_run import replay
 from videogru.models.classifier import Classifier
 from videogru.sequence import SequenceBatch
+from videogru.workflows.benchmark import Bench, bench_models
 
 FRAMES = 16
 CLASSES = 10

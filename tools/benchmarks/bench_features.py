@@ -40,12 +40,12 @@ from videogru.data.loading.clip_loader import ClipLoader, default_workers
 from videogru.data.loading.feature_dataset import FeatureDataset
 from videogru.data.loading.feature_store import FeatureRows
 from videogru.data.manifests.corpus import Corpus, open_corpus
-from videogru.encoded import Encoded, classifier_over, features_of, open_features, settings_over_features
-from videogru.encoding import encode_data
 from videogru.errors import DataError
 from videogru.models.classifier import Classifier
-from videogru.runfolder import folder_stem
+from videogru.training.features import Encoded, classifier_over, features_of, open_features, settings_over_features
 from videogru.training.fit import precision
+from videogru.workflows.extract_features import encode_data
+from videogru.workflows.run_folder import folder_stem
 
 FEATURES, FILES = "from features", "from files, encoder frozen"
 

@@ -126,7 +126,7 @@ def _children(pid: int) -> list[int]:
 
 def cost_of_a_worker(run: Path, file: Path) -> dict[str, Any]:
     """Milliseconds of one file, unwatched and through a worker, wall and CPU (of all processes)."""
-    from videogru.inference.predict import Predictor
+    from videogru.inference.predictor import Predictor
 
     predictor = Predictor.from_file(run, device="cpu")
     ways: dict[str, int | None] = {"unwatched": 0, "watched": None}

@@ -31,8 +31,8 @@ from videogru.config import SPLITS, DataConfig
 from videogru.data.manifests.corpus import open_corpus
 from videogru.errors import DataError, SourceError
 from videogru.inference.metrics import interval, resample_counts
-from videogru.inference.predict import Predictor
-from videogru.inference.timeline import MIN_CONFIDENCE, Segment, read_timeline
+from videogru.inference.predictor import Predictor
+from videogru.inference.timeline.timeline import MIN_CONFIDENCE, Segment, read_timeline
 
 OVERLAPS = (0.1, 0.25, 0.5)
 RESAMPLES = 1000

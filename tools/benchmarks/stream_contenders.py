@@ -11,8 +11,8 @@ from torchvision.models.video import r3d_18
 from tools.benchmarks.bench_export import STREAM_FPS, noise
 from videogru.checkpoint.model_file import ModelCard, make_card
 from videogru.config import DataConfig, ModelConfig
-from videogru.deploy.export import build as build_export
-from videogru.deploy.export import check_wanted
+from videogru.export.build import build as build_export
+from videogru.export.build import check_wanted
 from videogru.models.classifier import Classifier
 from videogru.runtime.backends import open_exported
 

@@ -29,7 +29,7 @@ from rich.progress import track
 from tools.data.frame_numbers import number_in, paint
 from tools.measuring import Parser, exit_code
 from videogru.errors import DataError
-from videogru.inference.predictions import atomic_text
+from videogru.files import atomic_text
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "tests" / "golden" / "videos"

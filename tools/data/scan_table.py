@@ -18,7 +18,7 @@ from videogru.config import DataConfig
 from videogru.data.readers.dicom_files import holds_dicom
 from videogru.data.readers.open import open_source
 from videogru.errors import SourceError
-from videogru.inference.predict import Predictor
+from videogru.inference.predictor import Predictor
 
 _SCAN = ("format", "shape", "dtype", "orientation", "orientation_from", "spacing_mm_ras", "axis")
 _NOT_SCANS = {".md", ".bval", ".bvec", ".txt"}

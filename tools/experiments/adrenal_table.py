@@ -33,10 +33,10 @@ from videogru.config import Config
 from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import DataError
 from videogru.inference.metrics import resample_counts
-from videogru.inference.predict import Change, Predictor
 from videogru.inference.predictions import Predictions, read_csv
-from videogru.runfolder import run_config
+from videogru.inference.predictor import Change, Predictor
 from videogru.sequence import SequenceBatch
+from videogru.workflows.run_folder import run_config
 
 RESAMPLES, ROUNDS, BATCH = 1000, 5, 16
 

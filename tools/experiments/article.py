@@ -18,8 +18,8 @@ from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import ConfigError, DataError
 from videogru.inference.metrics import resample_counts
 from videogru.resources import data_root
-from videogru.runfolder import run_config
 from videogru.settings import parse_assignments
+from videogru.workflows.run_folder import run_config
 
 CIFAR_FOLDER = "cifar-100-python"
 RESAMPLES = 2000

@@ -53,8 +53,8 @@ from tools.measuring import (
 from videogru.checkpoint.model_file import MODEL_FILE_NAME
 from videogru.data.manifests.corpus import Corpus
 from videogru.errors import DataError
-from videogru.inference.predict import Predictor
-from videogru.inference.predictions import atomic_path
+from videogru.files import atomic_path
+from videogru.inference.predictor import Predictor
 
 # Occlusion: share of the area; noise: sd of values in 0..1; blur: sd in pixels.
 SEVERITIES = {

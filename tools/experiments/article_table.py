@@ -27,8 +27,8 @@ from tools.experiments.article import (
 )
 from tools.measuring import machine, machine_sentence, progress, write_json, write_picture, write_text
 from videogru.errors import DataError
-from videogru.inference.predict import Predictor
 from videogru.inference.predictions import read_csv
+from videogru.inference.predictor import Predictor
 from videogru.models.cost import count_macs
 
 ROUNDS = 30

@@ -7,8 +7,8 @@ from pathlib import Path
 from tools.experiments.training_jobs import VIDEOGRU, train_command
 from videogru.config import Config
 from videogru.data.manifests.dataset_card import load_card
-from videogru.runs import settings_for_training
 from videogru.settings import parse_assignments
+from videogru.workflows.settings import settings_for_training
 
 
 @dataclass(frozen=True)

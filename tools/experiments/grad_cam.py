@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from videogru.inference.explain import Variants
+from videogru.inference.explain.explain import Variants
 
 
 def class_map(variants: Variants, code: int, step: int) -> Float32[np.ndarray, "h w"] | None:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tools.measuring import Parser, exit_code, machine, machine_sentence, write_json, write_text
-from videogru.assessing import open_run, with_classes_of
 from videogru.config import Split
 from videogru.data.manifests.corpus import Corpus
-from videogru.deploy.export import export_model
-from videogru.deploy.gate import check_split
-from videogru.inference.predict import Predictor
+from videogru.export.acceptance import check_split
+from videogru.inference.predictor import Predictor
 from videogru.runtime.export_folder import FORMATS, PRECISIONS
+from videogru.workflows.evaluate import open_run, with_classes_of
+from videogru.workflows.export import export_model
 
 POINTS, AREA = 0.5, 0.005  # that may be lost
 SPLITS: tuple[Split, ...] = ("val", "test")

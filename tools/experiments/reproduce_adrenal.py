@@ -21,8 +21,8 @@ from tools.experiments.article import seeds_of
 from tools.experiments.training_jobs import VIDEOGRU, Job, check_settings, run_jobs, train_command
 from tools.measuring import Parser, exit_code
 from videogru.config import Config
-from videogru.runs import settings_for_training
 from videogru.settings import parse_assignments
+from videogru.workflows.settings import settings_for_training
 
 PEER = (sys.executable, "-m", "tools.experiments.train_r3d")
 

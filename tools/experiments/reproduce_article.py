@@ -19,8 +19,8 @@ from tools.experiments.article import NETS, cifar_folder, run_folder, seeds_of
 from tools.experiments.training_jobs import VIDEOGRU, Job, check_settings, locked, run_jobs, train_command
 from tools.measuring import Parser, exit_code
 from videogru.config import Config
-from videogru.runs import settings_for_training
 from videogru.settings import parse_assignments
+from videogru.workflows.settings import settings_for_training
 
 # cpu: about 4 minutes for a ResNet and 8 with a recurrent part on 2 quiet cores; gpu: the recipe, 40 epochs.
 BUDGETS: dict[str, dict[str, str]] = {

@@ -36,14 +36,14 @@ from videogru.data.loading.batching import EpochBatches
 from videogru.data.loading.datamodule import CorpusModule
 from videogru.data.manifests.corpus import Corpus, open_corpus
 from videogru.errors import DataError
-from videogru.inference.evaluate import evaluate
-from videogru.inference.predict import Predictor
+from videogru.inference.evaluation import evaluate
+from videogru.inference.predictor import Predictor
 from videogru.models.classifier import Normalize
-from videogru.runfolder import run_config
 from videogru.training.averaging import weight_average
 from videogru.training.callbacks import Scores
 from videogru.training.fit import precision, quiet_lightning
 from videogru.training.task import SequenceTask
+from videogru.workflows.run_folder import run_config
 
 WEIGHTS = "weights.safetensors"
 

@@ -18,8 +18,8 @@ from tools.experiments.article import flat_settings
 from tools.measuring import INTERRUPTED
 from videogru.config import Config
 from videogru.errors import ConfigError, DataError
-from videogru.runfolder import run_config
 from videogru.training.state import STATE_FILE, stop_signals
+from videogru.workflows.run_folder import run_config
 
 VIDEOGRU = (sys.executable, "-m", "videogru")
 STOPPED = (INTERRUPTED, -signal.SIGTERM, -signal.SIGINT)

@@ -35,12 +35,12 @@ from tools.measuring import (
 from videogru.checkpoint.model_file import MODEL_FILE_NAME, read_model
 from videogru.config import Config
 from videogru.errors import DataError
-from videogru.inference.evaluate import evaluate, usable_rows
+from videogru.inference.evaluation import evaluate, usable_rows
 from videogru.inference.metrics import paired_difference
 from videogru.inference.predictions import Predictions, read_csv
 from videogru.models.cost import count_macs
-from videogru.runfolder import run_config
 from videogru.training.fit import precision
+from videogru.workflows.run_folder import run_config
 
 
 class Net(NamedTuple):

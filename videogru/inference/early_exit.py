@@ -35,7 +35,7 @@ from videogru.data.loading.clip_dataset import ClipDataset
 from videogru.data.loading.clip_loader import ClipLoader, default_workers
 from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, DataError, ModelFileError
-from videogru.inference.predict import Predictor
+from videogru.inference.predictor import Predictor
 from videogru.models.streaming import what_reads_ahead
 from videogru.sequence import SequenceBatch
 

@@ -1,17 +1,14 @@
 """What a model said about each source, as columns, and the CSV file that keeps it."""
 
 import csv
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, Shaped
 
 from videogru.errors import DataError
+from videogru.files import atomic_text
 
 FIXED_COLUMNS = ("row", "source", "label", "predicted", "confidence", "error")
 SUM_TOLERANCE = 1e-3  # softmax in bfloat16 sums to 1 within this
@@ -152,38 +149,3 @@ def _classes_of(header: list[str], path: Path) -> tuple[str, ...]:
             hint=f"Expected the columns {','.join(FIXED_COLUMNS)},p_<class>,... as `videogru eval` writes them.",
         )
     return tuple(name.removeprefix("p_") for name in named)
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its name when it is complete; folders above it are made.
-
-    Raises DataError where it cannot be written; whatever stood at `path` is then still there.
-    """
-    try:
-        path = path.resolve()  # through links, so that they stay
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield partial
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot be written: {error.strerror or error}", where=path) from error
-
-
-@contextmanager
-def atomic_text(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text file, written as `atomic_path` does; a device or pipe is written to, never replaced."""
-    # File names need not be valid text.
-    how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    if path.exists() and not path.is_file():
-        try:
-            with path.open("w", **how) as file:
-                yield file
-        except OSError as error:
-            raise DataError(f"cannot be written: {error.strerror or error}", where=path) from error
-        return
-    with atomic_path(path) as partial, partial.open("w", **how) as file:
-        yield file

@@ -28,12 +28,12 @@ from videogru.data.loading.batching import EpochBatches
 from videogru.data.loading.datamodule import CorpusModule
 from videogru.data.loading.feature_store import FeatureRows
 from videogru.data.manifests.corpus import Corpus
-from videogru.encoded import classifier_over, features_of, open_features
 from videogru.errors import ConfigError, DataError, Interrupted
 from videogru.models.classifier import Classifier
 from videogru.training.averaging import weight_average
 from videogru.training.callbacks import BadFiles, Scores, StepNews
 from videogru.training.compiling import check_compiles
+from videogru.training.features import classifier_over, features_of, open_features
 from videogru.training.groups import muon_groups
 from videogru.training.memory import keep_freed_memory
 from videogru.training.norms import share_norms

@@ -14,7 +14,7 @@ from videogru.data.clips.transforms import fit_frames, prepare_clip
 from videogru.data.clips.views import check_views, crop_places, parse_views
 from videogru.data.readers.open import open_source
 from videogru.errors import ConfigError
-from videogru.inference.predict import Predictor
+from videogru.inference.predictor import Predictor
 from videogru.models.classifier import Classifier
 
 

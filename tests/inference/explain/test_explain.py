@@ -9,8 +9,8 @@ from torch import nn
 
 from tools.experiments.grad_cam import class_map
 from videogru.config import ModelConfig
-from videogru.inference import explain as module
-from videogru.inference.explain import PATCHES, Variants, adds_up, covering_map, explain, windows
+from videogru.inference.explain import explain as module
+from videogru.inference.explain.explain import PATCHES, Variants, adds_up, covering_map, explain, windows
 from videogru.models.classifier import Classifier
 from videogru.sequence import FrameSequence
 

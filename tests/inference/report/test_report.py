@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from videogru.errors import DataError, SourceError
-from videogru.inference.evaluate import evaluate
+from videogru.inference.evaluation import evaluate
 from videogru.inference.predictions import Predictions
-from videogru.inference.report import confused_pairs, extreme_rows, read_curves, write_report
-from videogru.inference.report_pictures import FIRST, confusion_picture, curve_series, strip_pictures
+from videogru.inference.report.figures import FIRST, confusion_picture, curve_series, strip_pictures
+from videogru.inference.report.report import confused_pairs, extreme_rows, read_curves, write_report
 
 EVIL = """</title><script>alert("1")</script><img src=x onerror='alert(2)'>"""
 CURVES = [

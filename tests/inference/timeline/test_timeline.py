@@ -17,11 +17,11 @@ from videogru.data.clips.read_clip import read_clip
 from videogru.data.clips.transforms import prepare_clip
 from videogru.data.readers.open import open_source
 from videogru.errors import ConfigError, SourceError
-from videogru.inference import timeline_answers
-from videogru.inference.predict import Predictor
-from videogru.inference.timeline import Segment, choose, join, read_timeline, slide
-from videogru.inference.timeline_picture import draw_timeline
+from videogru.inference.predictor import Predictor
+from videogru.inference.timeline.figure import draw_timeline
+from videogru.inference.timeline.timeline import Segment, choose, join, read_timeline, slide
 from videogru.models.classifier import Classifier
+from videogru.workflows import timeline as timeline_answers
 
 CLASSES = ("dark", "gray", "bright")
 LEVELS = {"dark": 30, "gray": 170, "bright": 220}

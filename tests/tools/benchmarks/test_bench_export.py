@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools.benchmarks import bench_export
-from videogru.deploy.bench import Bench, Entry
+from videogru.workflows.benchmark import Bench, Entry
 
 
 def entry(name: str, bytes: int, ms: float, speedup: float) -> Entry:

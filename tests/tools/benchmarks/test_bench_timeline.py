@@ -7,7 +7,7 @@ from sklearn.metrics import f1_score
 
 from tools.benchmarks.bench_timeline import Counts, compare, main, overlap, read_truths, scores
 from videogru.errors import DataError
-from videogru.inference.timeline import Segment
+from videogru.inference.timeline.timeline import Segment
 
 
 def line(*parts: tuple[float, float, str]) -> list[Segment]:

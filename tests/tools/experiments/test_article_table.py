@@ -10,7 +10,7 @@ import torch
 
 from tests.tools.experiments.test_reproduce_article import ORDER, called, prepare, train_tiny
 from tools.experiments import article, article_table, reproduce_article
-from videogru.runfolder import run_config
+from videogru.workflows.run_folder import run_config
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from tools.experiments import article, reproduce_article
-from videogru import runs
 from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import ConfigError
 from videogru.settings import parse_assignments
+from videogru.workflows import train as runs
 
 # Apple, mushroom, orange; baby, bear, bed.
 CODES = (0, 51, 53, 2, 3, 5)

@@ -23,7 +23,7 @@ from videogru.data.readers.source import FrameSource
 from videogru.data.readers.video import frame_folder
 from videogru.data.readers.video.frame_folder import FrameFolder, is_frame_folder
 from videogru.errors import DataError, SourceError
-from videogru.inference import answers
+from videogru.workflows import predict as answers
 
 
 def write_frames(

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from tests.support.command_line import write_video
-from videogru import checks, cli
+from videogru import cli
 from videogru.config import DataConfig
 from videogru.data.readers.volume.describe import describe_scan, ras_voxels
 from videogru.data.readers.volume.volume import open_volume
 from videogru.data_check.scan_sheet import write_scan_sheet
 from videogru.errors import ConfigError, DataError, SourceError
+from videogru.workflows import check_data as checks
 
 AXIAL = DataConfig(axis="axial").for_kind("volume")
 SHAPE, SPACING = (20, 24, 10), (2.0, 1.5, 4.0)  # right, anterior, superior

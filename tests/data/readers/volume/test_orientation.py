@@ -13,7 +13,7 @@ from videogru.config import DataConfig, ModelConfig
 from videogru.data.readers.volume import volume as volume_module
 from videogru.data.readers.volume.volume import chosen_axis, open_volume
 from videogru.errors import SourceError
-from videogru.inference.predict import Predictor
+from videogru.inference.predictor import Predictor
 from videogru.models.classifier import Classifier
 
 ORIENTATIONS = [
