@@ -34,7 +34,7 @@ def videogru(installed: Path, folder: Path, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
     script = (
         "import videogru, sys; assert videogru.__file__.startswith(sys.argv.pop(1)), videogru.__file__; "
-        "from videogru.cli import main; main()"
+        "from videogru.cli.main import main; main()"
     )
     finished = subprocess.run(
         [sys.executable, "-c", script, str(installed), *arguments],

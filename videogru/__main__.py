@@ -1,6 +1,6 @@
 """`python -m videogru` is `videogru`."""
 
-from videogru.cli import main
+from videogru.cli.main import main
 
 if __name__ == "__main__":
     main()

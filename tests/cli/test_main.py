@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from videogru import cli
+from videogru.cli import main as cli
 
 
 def run(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -77,7 +77,7 @@ def test_help_is_light() -> None:
     """No torch, no Lightning, no NumPy before a command runs."""
     script = (
         "import sys; sys.argv = ['videogru', '--help']\n"
-        "from videogru.cli import main\n"
+        "from videogru.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "heavy = ('torch', 'numpy', 'pytorch_lightning', 'monai', 'matplotlib', 'pydantic')\n"
         "print([name for name in heavy if name in sys.modules])"
@@ -135,7 +135,7 @@ def test_data_list_fits_a_narrow_terminal(typed, monkeypatch: pytest.MonkeyPatch
     from rich.console import Console
 
     wide = typed("data", "list")[1].splitlines()
-    monkeypatch.setattr("videogru.terminal.console", lambda: Console(width=80))
+    monkeypatch.setattr("videogru.cli.terminal.console", lambda: Console(width=80))
     narrow = typed("data", "list")[1].splitlines()
     assert len(wide) == 10 and narrow[0] == "adrenalmnist3d"
     assert narrow[1].split() == [
@@ -249,7 +249,7 @@ def test_shell_completion_is_offered(tmp_path: Path) -> None:
         "HOME": str(tmp_path),
     }
     finished = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv = ['videogru']; from videogru.cli import main; main()"],
+        [sys.executable, "-c", "import sys; sys.argv = ['videogru']; from videogru.cli.main import main; main()"],
         env=environment,
         check=False,
         capture_output=True,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from videogru import cli
+from videogru.cli import main as cli
 
 QUICK = [
     *("--epochs", "1"),

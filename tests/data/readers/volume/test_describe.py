@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.support.command_line import write_video
-from videogru import cli
+from videogru.cli import main as cli
 from videogru.config import DataConfig
 from videogru.data.readers.volume.describe import describe_scan, ras_voxels
 from videogru.data.readers.volume.volume import open_volume

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from videogru.errors import ConfigError
-from videogru.options import (
+from videogru.cli.options import (
     CheckSetOption,
     DataDirOption,
     DataSetOption,
@@ -17,12 +16,13 @@ from videogru.options import (
     SuffixOption,
     VolumeOption,
 )
-from videogru.terminal import say, show_cards, show_facts
+from videogru.cli.terminal import say, show_cards, show_facts
+from videogru.errors import ConfigError
 
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode="rich")
 
 
-@data_app.command(name="list", epilog="[bold]Example[/bold]\n\nvideogru data list")
+@app.command(name="list", epilog="[bold]Example[/bold]\n\nvideogru data list")
 def data_list() -> None:
     """Data sets that ship with a card, and whether their data are here."""
     from videogru.data.manifests.describe import list_cards
@@ -30,7 +30,7 @@ def data_list() -> None:
     show_cards(list_cards())
 
 
-@data_app.command(
+@app.command(
     name="info",
     epilog="[bold]Examples[/bold]\n\n"
     "videogru data info grid_digits\n\n"
@@ -81,7 +81,7 @@ def data_info(
     show_facts(facts)
 
 
-@data_app.command(
+@app.command(
     name="check",
     epilog="[bold]Examples[/bold]\n\n"
     "videogru data check grid_digits\n\n"

@@ -5,15 +5,15 @@ from typing import Annotated
 
 import typer
 
-from videogru.options import DataDirOption, SplitName
-from videogru.terminal import say, show_facts
+from videogru.cli.options import DataDirOption, SplitName
+from videogru.cli.terminal import say, show_facts
 
-model_app = typer.Typer(
+app = typer.Typer(
     help="Look at model files, check them, calibrate them.", no_args_is_help=True, rich_markup_mode="rich"
 )
 
 
-@model_app.command(
+@app.command(
     name="show",
     epilog="[bold]Examples[/bold]\n\n"
     "videogru model show runs/grid_digits-0001\n\n"
@@ -27,7 +27,7 @@ def model_show(run_or_model: Annotated[Path, typer.Argument(help="Run folder or 
     show_facts(describe_model(find_model(run_or_model)))
 
 
-@model_app.command(
+@app.command(
     name="verify",
     epilog="[bold]Examples[/bold]\n\n"
     "videogru model verify runs/grid_digits-0001\n\n"
@@ -66,7 +66,7 @@ def model_verify(
         raise typer.Exit(4 if failed else 2)
 
 
-@model_app.command(
+@app.command(
     name="calibrate",
     epilog="[bold]Examples[/bold]\n\n"
     "videogru model calibrate runs/clips-0001\n\n"

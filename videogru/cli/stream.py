@@ -8,11 +8,14 @@ from typing import Annotated, cast
 
 import typer
 
+from videogru.cli.terminal import say
 from videogru.errors import ConfigError
-from videogru.terminal import say
 
-EXAMPLES = (
-    "[bold]Examples[/bold]\n\n"
+app = typer.Typer()
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
     "videogru stream video.mp4 --model runs/clips-0001\n\n"
     "videogru export runs/clips-0001 --format openvino --precision int8 --step --out small/\n\n"
     "videogru stream video.mp4 --model small/\n\n"
@@ -21,8 +24,6 @@ EXAMPLES = (
     "videogru stream 0     (the first camera, where PyAV reads cameras)\n\n"
     "ffmpeg -i video.mp4 -f rawvideo -pix_fmt rgb24 - | videogru stream - --size 112x96 --fps 25"
 )
-
-
 def stream(
     source: Annotated[
         str, typer.Argument(help="Video file, number of a camera, RTSP or HTTP address, or - for raw frames.")

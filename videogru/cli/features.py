@@ -6,17 +6,18 @@ from typing import Annotated
 
 import typer
 
-from videogru.options import DataDirOption
-from videogru.terminal import say
+from videogru.cli.options import DataDirOption
+from videogru.cli.terminal import say
 
-EXAMPLES = (
-    "[bold]Examples[/bold]\n\n"
+app = typer.Typer()
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
     "videogru encode grid_digits --model runs/grid_digits-0001\n\n"
     "videogru encode clips/ --model model.safetensors --out features/clips\n\n"
     "videogru train --features features/clips --set model.cell=lstm --set model.pooling=attention"
 )
-
-
 def encode(
     dataset: Annotated[str, typer.Argument(help="Name of a data set, folder of classes, or manifest .csv.")],
     model: Annotated[Path, typer.Option(help="Model file or run folder whose encoder reads.", show_default=False)],

@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from videogru.cli.options import DataSetOption, Format, MaxMemoryOption, SeriesOption, ViewsOption, VolumeOption
+from videogru.cli.terminal import say
 from videogru.errors import ConfigError
-from videogru.options import DataSetOption, Format, MaxMemoryOption, SeriesOption, ViewsOption, VolumeOption
-from videogru.terminal import say
 
-EXAMPLES = (
-    "[bold]Examples[/bold]\n\n"
+app = typer.Typer()
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
     "videogru infer scan.nii.gz dicom_series/\n\n"
     "videogru infer clips/ 'more/*.mp4' --model runs/clips-0001 --format csv --out answers.csv\n\n"
     "videogru infer video.mp4 --top-k 5 --format jsonl --set data.decoder=decord\n\n"
@@ -19,8 +22,6 @@ EXAMPLES = (
     "videogru infer sentence.mp4 --windows\n\n"
     "videogru infer scan.nii.gz --explain"
 )
-
-
 def infer(
     paths: Annotated[list[str], typer.Argument(help="Files, folders or globs.", metavar="PATHS...")],
     model: Annotated[

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from videogru.options import DataDirOption
-from videogru.terminal import console, say
+from videogru.cli.options import DataDirOption
+from videogru.cli.terminal import console, say
 
 if TYPE_CHECKING:
     from videogru.config import Split
@@ -39,24 +39,17 @@ class BenchSplit(StrEnum):
     test = "test"
 
 
-def add_commands(app: typer.Typer) -> None:
-    """The commands of this module, for the top level."""
-    app.command(
-        name="export",
-        epilog="[bold]Examples[/bold]\n\n"
-        "videogru export runs/grid_digits-0001 --format onnx\n\n"
-        "videogru export runs/grid_digits-0001 --format openvino --precision int8 --out exported/\n\n"
-        "videogru export runs/grid_digits-0001 --format onnx --step     (one frame at a time)\n\n"
-        "videogru infer video.mp4 --model exported/",
-    )(export)
-    app.command(
-        name="bench",
-        epilog="[bold]Examples[/bold]\n\n"
-        "videogru bench runs/grid_digits-0001 exported/\n\n"
-        "videogru bench exported/ --split none --threads 4 --out bench/",
-    )(bench)
+app = typer.Typer()
 
 
+@app.command(
+    name="export",
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru export runs/grid_digits-0001 --format onnx\n\n"
+    "videogru export runs/grid_digits-0001 --format openvino --precision int8 --out exported/\n\n"
+    "videogru export runs/grid_digits-0001 --format onnx --step     (one frame at a time)\n\n"
+    "videogru infer video.mp4 --model exported/",
+)
 def export(
     run_or_model: Annotated[Path, typer.Argument(help="Run folder or model file.")],
     format: Annotated[ExportFormat, typer.Option(help="What runs it later.")],
@@ -93,6 +86,12 @@ def export(
         print(line)
 
 
+@app.command(
+    name="bench",
+    epilog="[bold]Examples[/bold]\n\n"
+    "videogru bench runs/grid_digits-0001 exported/\n\n"
+    "videogru bench exported/ --split none --threads 4 --out bench/",
+)
 def bench(
     models: Annotated[list[Path], typer.Argument(help="Run folders, model files and exports.", metavar="MODELS...")],
     split: Annotated[
