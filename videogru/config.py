@@ -18,8 +18,8 @@ from pydantic import (
 )
 
 from videogru.errors import ConfigError
+from videogru.kinds import KINDS, Fit, Kind, readers_of
 
-Kind = Literal["video", "volume", "image"]
 Split = Literal["train", "val", "test"]
 FrameDifferences = Literal["none", "past", "both"]
 MAX_CHANNELS = 15
@@ -70,15 +70,8 @@ class AugmentConfig(Settings):
     )
 
 
-# Settings by the kinds of source that read them; those that for_kind knows are checked there.
-_READ_BY: dict[tuple[Kind, ...], tuple[str, ...]] = {
-    ("volume",): (
-        *("axis", "intensity", "percentile_low", "percentile_high", "window_low", "window_high", "zscore_range"),
-        *("augment.flip_axes", "augment.bias_field", "augment.gamma"),
-    ),
-    ("video",): ("decoder", "folder_fps", "stride_seconds"),
-    ("video", "volume"): ("augment.drop_steps",),
-}
+# `for_kind` always refuses these for other kinds; `check_read` refuses the rest where a user provides them.
+_ALWAYS_REFUSED = ("slab", "series", "context_seconds", "augment.shift_seconds", "volume", "max_memory_gib")
 
 
 class DataConfig(Settings):
@@ -106,7 +99,7 @@ class DataConfig(Settings):
     slab: int = Field(
         1, ge=1, le=MAX_CHANNELS, description="odd; each step of a volume is a slice with its neighbors as channels"
     )
-    fit: Literal["crop", "pad", "stretch"] | None = Field(
+    fit: Fit | None = Field(
         None, description="to a square: crop the center, pad, or stretch; default: pad for volumes, else crop"
     )
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = Field("auto", description="video decoder")
@@ -207,18 +200,17 @@ class DataConfig(Settings):
 
         given: dotted keys, as `data.axis`; others are not looked at. Default: all.
         """
-        for owner, keys in _READ_BY.items():
-            for key in keys if kind not in owner else ():
-                section, _, name = key.rpartition(".")
-                settings: Settings = getattr(self, section) if section else self
-                default = type(settings).model_fields[name].default
-                if getattr(settings, name) != default and (given is None or f"data.{key}" in given):
-                    wanted = " and ".join(f"{one}s" for one in owner)
-                    hint = f"Leave it at its default, {default}."
-                    raise ConfigError(f"data.{key} is for {wanted}, not for {kind}s", hint=hint)
+        specific = set().union(*(record.settings for record in KINDS.values()))
+        for key in sorted(specific - KINDS[kind].settings - set(_ALWAYS_REFUSED)):
+            if given is None or f"data.{key}" in given:
+                self._check_default(key, kind)
         # 1 is what `for_kind` makes of it, and what settings that were saved hold.
         usual = (1, type(self).model_fields["num_frames"].default)
-        if kind == "image" and self.num_frames not in usual and (given is None or "data.num_frames" in given):
+        if (
+            not KINDS[kind].is_sequence
+            and self.num_frames not in usual
+            and (given is None or "data.num_frames" in given)
+        ):
             hint = "Leave it out: model.seq and data.frame_size say how many steps the model makes of one."
             raise ConfigError("data.num_frames is for videos and volumes; an image is one frame", hint=hint)
 
@@ -227,34 +219,35 @@ class DataConfig(Settings):
 
         Raises ConfigError where a setting is for another kind.
         """
-        if kind != "volume" and self.slab != 1:
-            raise ConfigError(f"data.slab is for volumes, not for a {kind}", hint="Leave it at 1.")
-        if kind != "volume" and self.series is not None:
-            raise ConfigError(f"data.series is for DICOM volumes, not for a {kind}", hint="Leave it out.")
-        if kind != "video":
-            for key in ("context_seconds", "augment.shift_seconds"):
-                if self.context_seconds if key == "context_seconds" else self.augment.shift_seconds:
-                    raise ConfigError(f"data.{key} is for videos, not for a {kind}", hint="Leave it at 0.")
-            if self.cache != "none" and (kind != "volume" or self.cache != "raw"):
-                hint = "Use raw or none." if kind == "volume" else "Leave it at none."
-                raise ConfigError(f"data.cache={self.cache} is not for a {kind}", hint=hint)
-            if self.sampling == "dense":
-                raise ConfigError(
-                    f"data.sampling=dense counts in seconds, which a {kind} has none of",
-                    hint="Use random, uniform or all.",
-                )
-        if kind != "volume":
-            for key in ("volume", "max_memory_gib"):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ConfigError(f"data.{key} is for volumes, not for a {kind}", hint="Leave it at its default.")
-        volume = kind == "volume"
+        record = KINDS[kind]
+        for key in _ALWAYS_REFUSED:
+            if key not in record.settings:
+                self._check_default(key, kind)
+        if self.cache not in record.caches:
+            others = " or ".join(sorted(record.caches, reverse=True))
+            raise ConfigError(f"data.cache={self.cache} is not for {record.plural}", hint=f"Use {others}.")
+        if self.sampling not in record.samplings:
+            raise ConfigError(
+                f"data.sampling={self.sampling} counts in seconds, and {record.plural} have none",
+                hint="Use random, uniform or all.",
+            )
         return self.model_copy(
             update={
-                "channels": self.channels or (self.slab if volume else 3),
-                "fit": self.fit or ("pad" if volume else "crop"),
-                "num_frames": 1 if kind == "image" else self.num_frames,
+                "channels": self.channels or record.channels or self.slab,
+                "fit": self.fit or record.fit,
+                "num_frames": self.num_frames if record.is_sequence else 1,
             }
         )
+
+    def _check_default(self, key: str, kind: Kind) -> None:
+        """Raise ConfigError where a key of other kinds of source is not at its default."""
+        section, _, name = key.rpartition(".")
+        settings: Settings = getattr(self, section) if section else self
+        default = type(settings).model_fields[name].default
+        if getattr(settings, name) != default:
+            owners = " and ".join(record.plural for record in readers_of(key))
+            hint = f"Remove it, or leave it at its default, {default}."
+            raise ConfigError(f"data.{key} is for {owners}, not for {KINDS[kind].plural}", hint=hint)
 
 
 class ModelConfig(Settings):

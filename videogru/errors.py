@@ -1,6 +1,6 @@
 """Errors a user can cause, each with the exit code the command line ends with.
 
-A message says what was wrong (with the value), where, and what to do next. Only `cli.py` prints and exits.
+A message says what was wrong (with the value), where, and what to do next. Only `cli/main.py` prints and exits.
 """
 
 

@@ -1,14 +1,12 @@
 """The two records that flow from readers to models; both check themselves when they are made."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 
+from videogru.kinds import Unit
 from videogru.shapes import BatchFrames, ClipFrames, Gaps, Labels, Lengths, Positions
-
-Unit = Literal["seconds", "mm", "index"]
 
 
 @dataclass(frozen=True, slots=True)

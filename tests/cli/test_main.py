@@ -216,7 +216,7 @@ def test_internal_errors_end_with_1(typed, monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object) -> None:
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr("videogru.workflows.settings.describe", broken)
+    monkeypatch.setattr("videogru.workflows.settings.describe_dataset", broken)
     code, _, err = typed("data", "info", "adrenalmnist3d")
     assert code == 1
     assert "a mistake of ours" in err
@@ -227,7 +227,7 @@ def test_ctrl_c_ends_with_130(typed, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("videogru.workflows.settings.describe", interrupted)
+    monkeypatch.setattr("videogru.workflows.settings.describe_dataset", interrupted)
     assert typed("data", "info", "adrenalmnist3d")[0] == 130
 
 

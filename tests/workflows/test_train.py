@@ -12,6 +12,7 @@ from videogru.settings import resolve_config
 from videogru.workflows import run_folder as runfolder
 from videogru.workflows import train as runs
 from videogru.workflows.evaluate import with_classes_of
+from videogru.workflows.settings import settings_for_training
 
 
 def test_run_numbers_go_on_after_the_highest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,20 +38,20 @@ def test_a_folder_with_content_is_never_taken(tmp_path: Path) -> None:
 def test_precedence_of_settings(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("train: {epochs: 77, lr: 0.5, batch_size: 9}\n")
-    config = runs.settings_for_training(
+    config = settings_for_training(
         str(own), {"data.dataset": "adrenalmnist3d", "train.lr": 0.25}, {"train.batch_size": 3}
     )
-    recipe = runs.settings_for_training(None, {"data.dataset": "adrenalmnist3d"}, {})
+    recipe = settings_for_training(None, {"data.dataset": "adrenalmnist3d"}, {})
     assert (config.train.epochs, config.train.lr, config.train.batch_size) == (77, 0.25, 3)
     assert config.data == recipe.data
     assert recipe.model.hidden_size != Config().model.hidden_size
 
 
 def test_recipes_are_found_by_name(tmp_path: Path) -> None:
-    config = runs.settings_for_training("grid_digits", {"data.dataset": "adrenalmnist3d"}, {})
+    config = settings_for_training("grid_digits", {"data.dataset": "adrenalmnist3d"}, {})
     assert config.data.frame_size == 64
     with pytest.raises(ConfigError, match="grid_digits"):
-        runs.settings_for_training("grid_digit", {"data.dataset": "adrenalmnist3d"}, {})
+        settings_for_training("grid_digit", {"data.dataset": "adrenalmnist3d"}, {})
 
 
 def test_a_saved_config_comes_back(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from videogru.checkpoint.model_file import ModelCard, read_model
 from videogru.config import DataConfig, ModelConfig
+from videogru.kinds import KINDS
 
 _NOT_READING = {"dataset", "data_dir", "cache", "cache_dir", "augment", "max_bad", "val_share", "test_share"}
 
@@ -54,10 +55,11 @@ def reading_facts(card: ModelCard) -> dict[str, Any]:
     others = {
         key: value for key, value in _changed(data, DataConfig()).items() if key not in main and key not in _NOT_READING
     }
-    steps = {"video": "frames", "volume": f"{data.axis} slices", "image": "image"}[card.kind]
-    count = "all" if data.sampling == "all" else "1" if card.kind == "image" else f"up to {data.num_frames}"
+    kind = KINDS[card.kind]
+    steps = f"{data.axis} {kind.steps}" if "axis" in kind.settings else kind.steps
+    count = "all" if data.sampling == "all" else "1" if not kind.is_sequence else f"up to {data.num_frames}"
     return {
-        "clip": f"{count} {steps}" + ("" if card.kind == "image" else f" ({data.sampling} in training)"),
+        "clip": f"{count} {steps}" + ("" if not kind.is_sequence else f" ({data.sampling} in training)"),
         "frame": f"{card.frame_size} x {card.frame_size} pixels, {card.in_channels} channels, fit {data.fit}",
         "mean": [round(value, 6) for value in card.mean],
         "std": [round(value, 6) for value in card.std],

@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from videogru.checkpoint.model_file import FORMAT_VERSION, GoldenSample, ModelCard, read_model, write_model
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.data.clips.read_clip import read_clip
 from videogru.data.clips.transforms import prepare_clip
 from videogru.data.loading.batching import Item, collate
@@ -25,8 +25,9 @@ from videogru.data.readers.source import FrameSource
 from videogru.data.readers.volume.scan import Scan
 from videogru.data.readers.volume.volume import volume_of
 from videogru.errors import DataError
+from videogru.kinds import Kind, Unit
 from videogru.models.classifier import Classifier
-from videogru.sequence import SequenceBatch, Unit
+from videogru.sequence import SequenceBatch
 
 PATTERN = 1
 TOLERANCE = 1e-3  # of a logit, or of the largest one above 1: processors differ in the order of their sums

@@ -16,8 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from videogru import __version__
-from videogru.config import MAX_CHANNELS, DataConfig, Kind, ModelConfig, Split
+from videogru.config import MAX_CHANNELS, DataConfig, ModelConfig, Split
 from videogru.errors import ConfigError, ModelFileError, VideogruError
+from videogru.kinds import Kind
 from videogru.models.classifier import Classifier, Normalize
 from videogru.runtime.export_folder import is_exported, read_export_card
 
@@ -28,7 +29,7 @@ _PER_CHANNEL = Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length
 
 
 class GoldenSample(BaseModel):
-    """What a model said when it was written, float32 logits (K,), of the made source `pattern` of `golden.py`."""
+    """Reference output on a synthetic input: float32 logits (K,) on the source `pattern` of `golden_sample.py`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -58,7 +58,7 @@ def data_info(
 ) -> None:
     """Classes, counts per split, shapes, durations or spacing of a data set; or what one scan, video or image is."""
     from videogru.workflows import check_data as checks
-    from videogru.workflows import train as runs
+    from videogru.workflows.settings import describe_dataset
 
     named = {"suffix": suffix, "label_column": label}
     flags = {"volume": volume, "max_memory_gib": max_memory, "series": series, **named}
@@ -77,7 +77,7 @@ def data_info(
         return
     if out is not None:
         raise ConfigError("--out is for the picture of a single file", hint="Leave it out, or name a scan or video.")
-    facts = runs.describe(name_or_folder, data_dir, assigned)
+    facts = describe_dataset(name_or_folder, data_dir, assigned)
     show_facts(facts)
 
 

@@ -80,6 +80,7 @@ def train(
     from videogru.settings import parse_assignments
     from videogru.workflows import train as runs
     from videogru.workflows.run_folder import run_config
+    from videogru.workflows.settings import settings_for_training
 
     values = {
         "dataset": dataset,
@@ -114,7 +115,7 @@ def train(
         _start_processes(runs.processes_to_start(settings))
         outcome = runs.resume(resume, progress=progress, say=say)
     else:
-        settings = runs.settings_for_training(config, given, assigned)
+        settings = settings_for_training(config, given, assigned)
         _start_processes(runs.processes_to_start(settings))
         outcome = runs.train(settings, out=out, progress=progress, say=say)
     show_outcome(outcome)

@@ -1,6 +1,6 @@
 """Checks a whole data set: every source decoded, every row compared with it, copies and mistakes in the table found.
 
-A folder of a check holds check.csv, records.jsonl, summary.json (see check_table.py), and
+A folder of a check holds check.csv, records.jsonl, summary.json (see results.py), and
 
   problems.csv     everything that was found, one line each
   duplicates.csv   pairs of sources with the same content, duplicates.png shows the nearly same ones

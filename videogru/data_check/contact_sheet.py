@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.data.loading.worker_pool import watched_map
 from videogru.data.manifests.corpus import Corpus
 from videogru.data.readers.open import open_source
 from videogru.data_check.duplicates import Pair, Uses
 from videogru.errors import DataError, SourceError
+from videogru.kinds import Kind
 
 MOST_PAIRS = 24
 _FRAMES = 3  # of each source: at a sixth, the middle, and five sixths

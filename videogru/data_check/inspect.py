@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.data.readers.open import open_source
 from videogru.data.readers.source import FrameSource
 from videogru.data.readers.video.full_decode import WholeVideo, decode_whole
 from videogru.data_check.perceptual_hash import places, signatures, small_gray
 from videogru.data_check.results import HASH_BYTES, Record
 from videogru.errors import SourceError
+from videogru.kinds import Kind
 
 _CHUNK_BYTES = 1 << 20
 _CHUNK_STEPS = 16

@@ -33,7 +33,7 @@ class Record:
 
     codec: of a video, mode of an image, data type of a volume; width, height: of a frame, turned upright; spacing_mm:
     x, y, z in RAS order; bytes, mtime_ns: of the file as it was read, by which a later change is seen; signature: see
-    signature.py.
+    perceptual_hash.py.
     """
 
     source: str

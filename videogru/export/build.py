@@ -18,6 +18,7 @@ from videogru.checkpoint.model_file import ModelCard
 from videogru.errors import ConfigError
 from videogru.export import clip_graph as graph
 from videogru.export import step_graph as stepped
+from videogru.kinds import KINDS
 from videogru.models.classifier import Classifier
 from videogru.runtime.backends import open_exported
 from videogru.runtime.export_folder import (
@@ -107,7 +108,7 @@ def build(
 
 def frame_type_of(card: ModelCard) -> torch.dtype:
     """Of the frames that a graph reads: as the readers give them."""
-    return torch.float32 if card.kind == "volume" else torch.uint8
+    return {"float32": torch.float32, "uint8": torch.uint8}[KINDS[card.kind].frame_type]
 
 
 def write_graph(model: Any, format: str, files: Sequence[Path], *, half: bool, length: int) -> None:

@@ -36,6 +36,7 @@ from videogru.data.loading.clip_loader import ClipLoader, default_workers
 from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, DataError, ModelFileError
 from videogru.inference.predictor import Predictor
+from videogru.kinds import KINDS
 from videogru.models.streaming import what_reads_ahead
 from videogru.sequence import SequenceBatch
 
@@ -120,8 +121,8 @@ def exit_rows(corpus: Corpus, split: Split) -> Int64[np.ndarray, " N"]:
 
 def check_exits(card: ModelCard, corpus: Corpus, split: Split) -> None:
     """Raises ConfigError where a stream of this model has no answer at the end of such videos, or there are none."""
-    if card.kind != "video":
-        raise ConfigError(f"this model reads {card.kind}s, and streams are of videos")
+    if not KINDS[card.kind].has_times:
+        raise ConfigError(f"this model reads {KINDS[card.kind].plural}, and streams are of videos")
     obstacle = what_reads_ahead(card.model)
     if obstacle is not None:
         raise ConfigError(
@@ -222,7 +223,7 @@ def calibrate(
 def calibrate_trained(model: Path, config: Config, corpus: Corpus, *, say: Say) -> None:
     """The same at the end of a training, on its validation rows, where the model can stream; why not is said."""
     card = read_card(model)
-    if card.kind != "video" or what_reads_ahead(card.model) is not None:
+    if not KINDS[card.kind].has_times or what_reads_ahead(card.model) is not None:
         return
     began = time.monotonic()
     try:

@@ -16,6 +16,7 @@ from videogru.files import atomic_text
 from videogru.inference.evaluation import METRIC_NAMES, usable_rows
 from videogru.inference.metrics import Interval, paired_difference
 from videogru.inference.predictor import Change, Predictor
+from videogru.kinds import KINDS, Kind
 from videogru.models.serialize import valid_steps
 from videogru.sequence import SequenceBatch
 
@@ -74,7 +75,7 @@ def probe(
     One by one, each step goes through the whole model as a clip of its own and the probabilities are averaged, which
     no order can change. Raises ConfigError for stills, DataError where no row can be judged.
     """
-    if predictor.card.kind == "image":
+    if not KINDS[predictor.card.kind].is_sequence:
         raise ConfigError(
             "a still has one frame: there is no order to take away", hint="Probe a video or volume model."
         )
@@ -100,11 +101,11 @@ def probe(
     return Probe(metric, len(labels), seed, tuple(found), _verdict(metric, found, predictor.card.kind))
 
 
-def _verdict(metric: str, rows: list[ProbeRow], kind: str) -> str:
+def _verdict(metric: str, rows: list[ProbeRow], kind: Kind) -> str:
     """One sentence on order: what a shuffle costs, and whether looking at steps one by one does as well."""
     by_name = {row.name: row.difference for row in rows}
     shuffled, single = by_name["shuffled"], by_name["one by one, averaged"]
-    steps = "slices" if kind == "volume" else "frames"
+    steps = KINDS[kind].steps
     score = METRIC_NAMES[metric].lower() if metric != "auroc" else METRIC_NAMES[metric]
     if shuffled.high < 0:
         return (

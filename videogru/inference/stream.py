@@ -19,6 +19,7 @@ from videogru.data.readers.stream import FrameStream
 from videogru.errors import ConfigError, SourceError
 from videogru.inference.live_frames import NewestFrames
 from videogru.inference.predictor import Predictor
+from videogru.kinds import KINDS
 from videogru.sequence import FrameSequence
 
 _TIMED = 1000  # frames whose times are kept for the median
@@ -33,8 +34,9 @@ class StreamClassifier:
 
     def __init__(self, predictor: Predictor, *, restart_seconds: float | None = None) -> None:
         card = predictor.card
-        if card.kind != "video":
-            raise ConfigError(f"this model reads {card.kind}s, not videos", hint="Name a video model with --model.")
+        record = KINDS[card.kind]
+        if not record.has_times:
+            raise ConfigError(f"this model reads {record.plural}, not videos", hint="Name a video model with --model.")
         self.card, self.data = card, predictor.data
         self.restart_seconds = restart_seconds
         self._predictor = predictor

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from videogru.errors import ConfigError, ModelFileError
+from videogru.kinds import KINDS
 
 EXPORT_VERSION = 1
 CARD_NAME = "card.json"
@@ -134,7 +135,7 @@ def _agreement(card: ExportCard, preprocessing: dict[str, Any]) -> dict[str, boo
         "outputs": set(card.outputs) == set(ends),
         "labels": list(card.labels) == list(model["classes"]),
         "frame_shape": card.frame_shape == (model["in_channels"], side, side),
-        "frame_type": card.frame_type == ("float32" if model["kind"] == "volume" else "uint8"),
+        "frame_type": card.frame_type == KINDS[model["kind"]].frame_type,
         "normalization": [list(normalization[name]) == list(model[name]) for name in ("mean", "std")] == [True, True],
         "states": all(map(_is_state, card.states.values())),
     }

@@ -24,11 +24,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from videogru import __version__
 from videogru.checkpoint.model_file import MODEL_FILE_NAME, ModelCard, read_model
-from videogru.config import AugmentConfig, Config, DataConfig, Kind, ModelConfig
+from videogru.config import AugmentConfig, Config, DataConfig, ModelConfig
 from videogru.data.loading.content_hash import Identities, Identity
 from videogru.data.loading.feature_store import Entry, FeatureRows, mapped, read_index
 from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, DataError, ModelFileError
+from videogru.kinds import Kind
 from videogru.models.classifier import Classifier
 from videogru.models.differences import PLANES
 from videogru.models.digest import weights_digest

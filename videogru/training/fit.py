@@ -29,6 +29,7 @@ from videogru.data.loading.datamodule import CorpusModule
 from videogru.data.loading.feature_store import FeatureRows
 from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, DataError, Interrupted
+from videogru.kinds import KINDS
 from videogru.models.classifier import Classifier
 from videogru.training.averaging import weight_average
 from videogru.training.callbacks import BadFiles, Scores, StepNews
@@ -108,13 +109,14 @@ def trainable_classifier(config: Config, corpus: Corpus, *, processes: int = 1) 
             "train.early_stopping needs validation rows, and there are none",
             hint="Hold some out: --set data.val_fraction=0.1",
         )
-    if corpus.kind == "image" and config.model.frame_differences != "none":
+    kind = KINDS[corpus.kind]
+    if not kind.is_sequence and config.model.frame_differences != "none":
         raise ConfigError(
             "an image has one frame, so nothing changes in it",
             where="model.frame_differences",
             hint="Use model.frame_differences=none.",
         )
-    if corpus.kind == "image" and config.model.use_gaps:
+    if not kind.is_sequence and config.model.use_gaps:
         raise ConfigError("an image is one step, without gaps", where="model.use_gaps", hint="Leave it at false.")
     if train.features is None:
         classifier = build_classifier(config, len(corpus.classes))

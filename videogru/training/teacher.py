@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from videogru.checkpoint.model_file import TeacherFacts, find_model, read_model
-from videogru.config import AugmentConfig, Config, DataConfig, Kind
+from videogru.config import AugmentConfig, Config, DataConfig
 from videogru.data.loading.batching import OrderedBatches
 from videogru.data.loading.clip_dataset import ClipDataset
 from videogru.data.loading.clip_loader import ClipLoader, default_workers
 from videogru.data.manifests.corpus import Corpus
 from videogru.errors import ConfigError, Interrupted, VideogruError
+from videogru.kinds import KINDS, Kind
 from videogru.models.classifier import Classifier
 from videogru.models.digest import weights_digest
 from videogru.models.serialize import valid_steps
@@ -107,7 +108,9 @@ def read_teacher(config: Config, corpus: Corpus, *, say: Callable[[str], None] =
     path = find_model(train.teacher)
     classifier, card = read_model(path)
     if card.kind != corpus.kind:
-        raise ConfigError(f"this teacher reads {card.kind}s, the data set holds {corpus.kind}s", where=path)
+        raise ConfigError(
+            f"this teacher reads {KINDS[card.kind].plural}, the dataset holds {KINDS[corpus.kind].plural}", where=path
+        )
     if set(card.classes) != set(corpus.classes):
         raise ConfigError(
             f"the teacher knows other classes: {_only(card.classes, corpus.classes)}; the data set has "
@@ -125,7 +128,7 @@ def read_teacher(config: Config, corpus: Corpus, *, say: Callable[[str], None] =
                 where=path,
                 hint=f"Teacher and student see the same frames: --set data.{name}={other}, or another teacher.",
             )
-    for name in _TOLD if corpus.kind != "image" else ():
+    for name in _TOLD if KINDS[corpus.kind].is_sequence else ():
         ours, other = getattr(data, name), getattr(theirs, name)
         if ours != other:
             say(f"note: the teacher was trained with data.{name}={other}, and now sees clips of {ours}")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from videogru.kinds import KINDS
 from videogru.runtime.export_folder import is_exported
 
 
@@ -49,7 +50,7 @@ def load(path: Path, threads: int) -> Loaded:
             return classifier(*given).softmax(dim=-1).numpy()
 
     side = model_card.frame_size
-    kind = "float32" if model_card.kind == "volume" else "uint8"
+    kind = KINDS[model_card.kind].frame_type
     return Loaded(run, (model_card.in_channels, side, side), kind)
 
 

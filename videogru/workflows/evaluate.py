@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from videogru.checkpoint.model_file import find_model, read_card
-from videogru.config import SPLITS, Config, DataConfig, Kind, Split
+from videogru.config import SPLITS, Config, DataConfig, Split
 from videogru.data.clips.views import ONE_VIEW, Views, check_views
 from videogru.data.loading.clip_dataset import ClipDataset
 from videogru.data.loading.feature_store import FeatureRows
@@ -23,6 +23,7 @@ from videogru.inference.order_test import Probe, probe
 from videogru.inference.predictions import Predictions, read_csv
 from videogru.inference.predictor import Predictor
 from videogru.inference.report.report import read_curves, write_report
+from videogru.kinds import KINDS
 from videogru.runtime.export_folder import is_exported
 from videogru.training.fit import Trained
 from videogru.workflows.run_folder import check_splits, note_on_training, run_config
@@ -100,8 +101,8 @@ def assess(
         config_yaml=config.to_yaml(),
         strips=lambda i: _strip(corpus, predictor.data, int(predictions[last].rows[i])),
         facts=_facts(predictor, model, corpus, evaluations, last),
-        commands=[*commands, command_line("infer", _EXAMPLE[corpus.kind], "--model", model)],
-        step_name={"video": "frames", "volume": "slices", "image": "image"}[corpus.kind],
+        commands=[*commands, command_line("infer", KINDS[corpus.kind].example_file, "--model", model)],
+        step_name=KINDS[corpus.kind].steps,
     )
     return Outcome(run, evaluations, report)
 
@@ -141,9 +142,6 @@ def _facts(
     names = {"val_auroc": "validation AUROC", "val_accuracy": "validation accuracy", "val_loss": "validation loss"}
     facts |= {f"{name}, while training": f"{kept[key]:.3f}" for key, name in names.items() if key in kept}
     return facts
-
-
-_EXAMPLE: dict[Kind, str] = {"video": "clip.mp4", "volume": "scan.nii.gz", "image": "picture.png"}
 
 
 def command_line(*words: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from videogru.checkpoint.model_file import find_model, read_card
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.data.clips.read_clip import read_clip
 from videogru.data.clips.transforms import prepare_clip
 from videogru.data.loading.frame_cache import FrameCache, check_cache
@@ -21,6 +21,7 @@ from videogru.inference.explain.figure import draw_explanation
 from videogru.inference.predictions import Predictions
 from videogru.inference.predictor import Predictor
 from videogru.inference.timeline.figure import write_picture
+from videogru.kinds import Kind
 from videogru.progress import Progress, Say
 from videogru.sequence import FrameSequence
 from videogru.workflows.predict import (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from videogru.checkpoint.model_file import MODEL_FILE_NAME, ModelCard, find_model, newest_model, read_card
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.data.clips.views import Views
 from videogru.data.readers.file_types import kind_of_source, media_files
 from videogru.data.readers.video.frame_folder import is_frame_folder
@@ -22,12 +22,12 @@ from videogru.files import atomic_text
 from videogru.inference.explain.explain import STRONGEST
 from videogru.inference.predictions import Predictions
 from videogru.inference.predictor import Predictor
+from videogru.kinds import KINDS, Kind
 from videogru.progress import Progress, Say
 from videogru.settings import resolve_config
 
 RUNS = Path("runs")
 EXPLAINED = ("method", "logit", "baseline", "picture", "explanation")  # what --explain adds to a record
-_TRAIN_HINT = {"video": "grid_digits", "volume": "adrenalmnist3d", "image": "cifar100 --seq rows"}
 
 
 def answer(
@@ -102,7 +102,7 @@ def expand(asked: Sequence[str], kind: Kind, say: Say) -> list[tuple[str, str | 
             if not fitting:
                 inputs[match] = f"{match}: no {kind} files in this folder"
             if len(fitting) < len(inside):
-                say(f"{match}: {len(inside) - len(fitting)} files are no {kind}s and are left out")
+                say(f"{match}: {len(inside) - len(fitting)} files are not {KINDS[kind].plural} and are left out")
             inputs |= dict.fromkeys((str(path) for path in fitting), None)
     return list(inputs.items())
 
@@ -134,9 +134,9 @@ def newest_of_kind(kind: Kind | None, say: Say) -> Path:
     """The newest run of a kind, None: of any. Raises ModelFileError where there is none."""
     found = newest_model(RUNS, kind)
     if found is None:
-        command = f"videogru train --dataset {_TRAIN_HINT[kind]}" if kind else "videogru train --dataset NAME"
+        command = f"videogru train --dataset {KINDS[kind].example_dataset}" if kind else "videogru train --dataset NAME"
         raise ModelFileError(
-            f"no trained model for {kind}s in {RUNS}/" if kind else f"no trained model in {RUNS}/",
+            f"no trained model for {KINDS[kind].plural} in {RUNS}/" if kind else f"no trained model in {RUNS}/",
             hint=f"Name one with --model FILE, or train one: {command}",
         )
     say(f"using {found}, the newest run that fits")

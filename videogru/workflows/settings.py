@@ -51,7 +51,7 @@ def _kind(data: DataConfig) -> str:
     return open_corpus(data, seed=data.split_seed, for_training=False).kind
 
 
-def describe(name: str, data_dir: Path | None, assignments: list[str]) -> dict[str, Any]:
+def describe_dataset(name: str, data_dir: Path | None, assignments: list[str]) -> dict[str, Any]:
     """What `videogru data info` shows of a data set."""
     flags = {"data.dataset": name, "data.data_dir": None if data_dir is None else str(data_dir)}
     settings = settings_for_training(None, flags, parse_assignments(assignments))

@@ -17,6 +17,7 @@ from videogru.data.manifests.dataset_card import load_card
 from videogru.errors import ConfigError
 from videogru.settings import parse_assignments
 from videogru.workflows import train as runs
+from videogru.workflows.settings import settings_for_training
 
 # Apple, mushroom, orange; baby, bear, bed.
 CODES = (0, 51, 53, 2, 3, 5)
@@ -75,7 +76,7 @@ def train_tiny(tool: Path, names: list[str]) -> None:
         net, _, seed = name.partition("-seed")
         pairs = [f"{key}={value}" for key, value in {**TINY, "train.epochs": 1, **article.NETS[net].settings}.items()]
         flags = {"data.data_dir": str(tool / "data"), "train.seed": int(seed)}
-        config = runs.settings_for_training(str(tool / "recipe.yaml"), flags, parse_assignments(pairs))
+        config = settings_for_training(str(tool / "recipe.yaml"), flags, parse_assignments(pairs))
         runs.train(config, out=tool / "work" / name, progress=False, say=lambda text: None)
 
 

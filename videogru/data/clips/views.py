@@ -2,8 +2,9 @@
 
 import re
 
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.errors import ConfigError
+from videogru.kinds import KINDS, Kind
 
 Views = tuple[int, int]
 ONE_VIEW: Views = (1, 1)
@@ -24,8 +25,8 @@ def parse_views(text: str) -> Views:
 def check_views(views: Views, data: DataConfig, kind: Kind) -> None:
     """Raises ConfigError where several views would be one and the same."""
     clips, crops = views
-    if clips > 1 and (kind == "image" or data.sampling == "all"):
-        why = "a still has one" if kind == "image" else "data.sampling=all takes every step"
+    if clips > 1 and (not KINDS[kind].is_sequence or data.sampling == "all"):
+        why = "a still has one" if not KINDS[kind].is_sequence else "data.sampling=all takes every step"
         raise ConfigError(f"{clips} clips of a source cannot differ: {why}", hint=f"Use --views 1x{crops}.")
     if crops > 1 and data.fit != "crop":
         raise ConfigError(

@@ -38,13 +38,13 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import Image
 
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.data.clips.transforms import fit_frames, to_channels
 from videogru.data.readers.open import open_source
 from videogru.data.readers.source import FrameSource
 from videogru.errors import ConfigError, SourceError
+from videogru.kinds import Kind, Unit
 from videogru.resources import data_root
-from videogru.sequence import Unit
 
 MAX_ENTRY_BYTES = 512 * 2**20  # of frames as uint8: 14,000 at 112 pixels, 3,500 at 224; longer videos are not cached
 JPEG_QUALITY = 95

@@ -1,6 +1,6 @@
 """Prepared slices of volumes on disk, so that later epochs neither unpack nor resize.
 
-The folder, its bound, the form of an entry and its checks are those of `cache.py`; two things differ:
+The folder, its bound, the form of an entry and its checks are those of `frame_cache.py`; two things differ:
 
 What is kept: all slices along `data.axis`, in their intensity window and resized to the encoder's square, as float32 of
 one channel: the same bits as without the cache (4 * frame_size^2 bytes a slice; 36 MB for 180 slices at 224 pixels).
@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.data.loading.frame_cache import FrameCache
 from videogru.data.readers.source import FrameSource
+from videogru.kinds import Kind
 
 _RECENT_SECONDS = 2.0
 _BLOCK = 16  # slices prepared at a time
@@ -34,7 +35,12 @@ _ENDS = {
     "zscore": ("zscore_range",),
 }
 _PARTS = ("nibabel", "numpy", "torch")
-_CODE = ("volume*.py", "scan*.py", "dicom*.py", "percentiles.py", "transforms.py")
+_CODE = (
+    "loading/volume_cache.py",
+    "readers/dicom_files.py",
+    "readers/volume/*.py",
+    "clips/transforms.py",
+)  # below videogru/data
 _PAIRED = {".hdr": ".img", ".img": ".hdr"}
 
 
@@ -101,8 +107,8 @@ def files_of(path: Path) -> list[tuple[str, Path]]:
 
 def _code() -> str:
     """A hash of the modules that turn a file into prepared slices."""
-    here = Path(__file__).parent
+    data = Path(__file__).resolve().parents[1]
     found = hashlib.sha256()
-    for file in sorted({file for pattern in _CODE for file in here.glob(pattern)}):
+    for file in sorted({file for pattern in _CODE for file in data.glob(pattern)}):
         found.update(file.name.encode() + b"\0" + file.read_bytes())
     return found.hexdigest()

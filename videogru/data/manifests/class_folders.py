@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from videogru.config import SPLITS, DataConfig, Kind
+from videogru.config import SPLITS, DataConfig
 from videogru.data.manifests.columns import Coded
 from videogru.data.manifests.file_tree import subfolders
 from videogru.data.manifests.manifest import Manifest, build_manifest
 from videogru.data.readers.file_types import SUFFIXES, kind_of_name, kind_of_source, media_files
 from videogru.errors import DataError
+from videogru.kinds import Kind
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
 

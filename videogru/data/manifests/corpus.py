@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from videogru.config import SPLITS, DataConfig, Kind, Split
+from videogru.config import SPLITS, DataConfig, Split
 from videogru.data.manifests.bids import is_bids, read_bids
 from videogru.data.manifests.class_folders import SPLIT_FOLDERS, one_kind, read_class_folders
 from videogru.data.manifests.columns import Coded, hand_over
@@ -22,6 +22,7 @@ from videogru.data.manifests.splits import assign_splits
 from videogru.data.manifests.table import TABLE_SUFFIXES
 from videogru.data.readers.file_types import kind_of_name
 from videogru.errors import ConfigError, DataError
+from videogru.kinds import Kind
 from videogru.resources import card_names, data_root
 
 _CIFAR_FOLDER = "cifar-100-python"

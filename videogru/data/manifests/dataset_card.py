@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from videogru.config import Kind, Settings
+from videogru.config import Settings
 from videogru.errors import ConfigError, DataError
+from videogru.kinds import Kind
 from videogru.resources import card_names, data_root, resource_dir
 from videogru.settings import nearest
 

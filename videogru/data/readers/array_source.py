@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.data.readers.volume.volume import chosen_axis, to_unit_range
-from videogru.sequence import Unit
+from videogru.kinds import Kind, Unit
 
 
 class ArraySource:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from videogru.config import Kind
 from videogru.data.readers.dicom_files import (
     DICOM_SUFFIXES,
     has_magic,
@@ -19,6 +18,7 @@ from videogru.data.readers.dicom_files import (
     may_be_dicom_name,
 )
 from videogru.errors import DataError
+from videogru.kinds import Kind
 
 SUFFIXES: dict[Kind, frozenset[str]] = {
     "video": frozenset(

@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from videogru.config import Kind
 from videogru.errors import SourceError
-from videogru.sequence import Unit
+from videogru.kinds import Kind, Unit
 
 # No other of Pillow's readers (PostScript, ...) gets to see a user's file.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")

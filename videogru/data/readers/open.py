@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.data.readers.dicom_files import has_magic, holds_dicom, is_dicom_name
 from videogru.data.readers.file_types import SUFFIXES, kind_of_name
 from videogru.data.readers.image import open_image
@@ -12,6 +12,7 @@ from videogru.data.readers.video.open import open_video
 from videogru.data.readers.volume.dicom import read_dicom
 from videogru.data.readers.volume.volume import Volume, open_volume, volume_of
 from videogru.errors import SourceError
+from videogru.kinds import Kind
 
 
 def open_source(path: Path | str, *, data: DataConfig, kind: Kind | None = None) -> FrameSource:

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from videogru.config import Kind
-from videogru.sequence import Unit
+from videogru.kinds import Kind, Unit
 
 
 @runtime_checkable

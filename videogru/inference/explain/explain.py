@@ -19,8 +19,9 @@ from jaxtyping import Float32, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from videogru.kinds import Unit
 from videogru.models.classifier import Classifier
-from videogru.sequence import FrameSequence, Unit
+from videogru.sequence import FrameSequence
 
 Method = Literal["prefixes", "left out"]
 

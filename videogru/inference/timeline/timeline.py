@@ -17,6 +17,7 @@ from videogru.data.manifests.manifest import build_manifest
 from videogru.data.readers.open import open_source
 from videogru.errors import ConfigError, SourceError
 from videogru.inference.predictor import Predictor
+from videogru.kinds import KINDS
 
 HOPS_PER_WINDOW = 4  # of the shortest length
 MAX_WINDOWS = 1_000_000
@@ -71,8 +72,9 @@ def read_timeline(
     tick: called with the number of windows done since the last call, and of all. Raises ConfigError where the model
     reads no videos or no length is known, SourceError where the video, or every window of it, cannot be read.
     """
-    if predictor.card.kind != "video":
-        raise ConfigError(f"windows are parts of a video, and this model reads {predictor.card.kind}s")
+    record = KINDS[predictor.card.kind]
+    if not record.has_times:
+        raise ConfigError(f"windows are parts of a video, and this model reads {record.plural}")
     lengths = tuple(window_seconds) or predictor.card.window_seconds
     if not lengths:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Video by decord: an alternative decoder with known limits.
 
 By itself, decord 0.6 gives wrong frames and says nothing on open groups, intra refresh, most HEVC, cuts by stream copy,
-edit lists, MPEG streams and AVI with B-frames, and has no AV1. Here each of these is an error: `video.py` refuses what
+edit lists, MPEG streams and AVI with B-frames, and has no AV1. Here each of these is an error: `open.py` refuses what
 has to be decoded in order or has open groups; the number of frames and their time stamps, which decord counts from 0
 on, are held against PyAV's. So files that begin later, fragmented MP4 and FLV are refused as well, although their
 frames were right. What passed gave no wrong frame over the 79 files of the matrix (docs/video.md); 10-bit colors may
@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from videogru.config import Kind
 from videogru.errors import ConfigError, SourceError
-from videogru.sequence import Unit
+from videogru.kinds import Kind, Unit
 
 HINT = "Use data.decoder=pyav."
 

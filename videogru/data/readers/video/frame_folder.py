@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from videogru.config import Kind
 from videogru.data.readers.file_types import kind_of_name, numbered_images
 from videogru.data.readers.image import open_image
 from videogru.data.readers.video.pyav_reader import MAX_CLIP_BYTES
 from videogru.errors import SourceError
-from videogru.sequence import Unit
+from videogru.kinds import Kind, Unit
 
 HINT = "A frame folder holds images numbered like img_00001.jpg, all of one pattern, and no folders with media."
 

@@ -6,7 +6,7 @@
 
 A frame counts as found only when its time stamp is the one the index promised. Where stamps cannot be trusted
 (AVI with B-frames, MPEG streams) or a promise breaks, the whole stream is decoded in order instead. The index of a file
-is kept for the next time it is opened (`video_index.py`); frames are checked against it all the same.
+is kept for the next time it is opened (`packet_index.py`); frames are checked against it all the same.
 """
 
 import gc
@@ -24,7 +24,6 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from videogru.config import Kind
 from videogru.data.readers.video.container import MAX_FRAME_PIXELS, picture_of, refuse_cut_off, upright, video_stream
 from videogru.data.readers.video.packet_index import (
     Key,
@@ -38,7 +37,7 @@ from videogru.data.readers.video.packet_index import (
 from videogru.data.readers.video.seek import BrokenPromise, MaybeHalf, decode_run
 from videogru.data.readers.video.timestamps import increasing, spread
 from videogru.errors import SourceError
-from videogru.sequence import Unit
+from videogru.kinds import Kind, Unit
 
 MAX_CLIP_BYTES = 4 * 2**30
 # Demuxers that guess time stamps, or land anywhere after a seek.

@@ -1,7 +1,7 @@
 """Video by torchcodec: the fastest decoder where the system has FFmpeg's libraries; an optional extra.
 
 By itself, in exact mode, torchcodec 0.17 gives wrong frames and says nothing on intra refresh, some cuts by stream copy
-from open groups, repeated time stamps, MPEG-2 in MPEG-TS, MPEG-1 and H.264 in AVI. Here `video.py` refuses what has to
+from open groups, repeated time stamps, MPEG-2 in MPEG-TS, MPEG-1 and H.264 in AVI. Here `open.py` refuses what has to
 be decoded in order; each read's time stamps are held against PyAV's, and on the first two of these kinds some reads are
 errors, others right. No frame was wrong over the 79 files of the matrix (docs/video.md). Which reads fail cannot be
 told from the file without decoding it; colors of 10-bit video may differ a little.
@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from videogru.config import Kind
 from videogru.errors import ConfigError, SourceError
-from videogru.sequence import Unit
+from videogru.kinds import Kind, Unit
 
 HINT = "Use data.decoder=pyav."
 

@@ -23,12 +23,12 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from videogru.config import DataConfig, Kind
+from videogru.config import DataConfig
 from videogru.data.readers.volume.nifti import read_header, read_nifti
 from videogru.data.readers.volume.percentiles import finite_percentiles
 from videogru.data.readers.volume.scan import Scan
 from videogru.errors import SourceError
-from videogru.sequence import Unit
+from videogru.kinds import Kind, Unit
 
 Axis = Literal["axial", "coronal", "sagittal"]
 
