@@ -25,7 +25,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Pat
         archive.extractall(place)
     assert "videogru/datasets/adrenalmnist3d/adrenalmnist3d.npz" in names
     assert "videogru/configs/adrenalmnist3d.yaml" in names
-    assert "videogru/inference/report.html.jinja" in names
+    assert "videogru/inference/report/report.html.jinja" in names
     assert not [name for name in names if name.startswith(("tests/", "tools/", "datasets/", "configs/"))]
     return place
 

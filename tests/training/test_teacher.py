@@ -190,7 +190,7 @@ def test_teachers_that_do_not_fit(tmp_path: Path, of_teacher: dict, changes: dic
 def test_a_teacher_of_another_kind(tmp_path: Path) -> None:
     path = teacher_file(tmp_path / "teacher.safetensors")
     corpus: Corpus = replace(bars(), kind="video")
-    with pytest.raises(ConfigError, match="reads images, the data set holds videos"):
+    with pytest.raises(ConfigError, match="reads images, the dataset holds videos"):
         read_teacher(taught(path), corpus)
 
 

@@ -44,7 +44,7 @@ def test_folders_give_their_files_of_the_models_kind_sorted(folder: Path) -> Non
     said: list[str] = []
     found = ["a.mp4", "b.mp4", "star[1].mp4", "deep/c.mkv"]
     assert answers.expand(["."], "video", said.append) == [(path, None) for path in found]
-    assert "1 files are no videos" in said[0]
+    assert "1 files are not videos" in said[0]
 
 
 def test_globs_files_and_repeats(folder: Path) -> None:

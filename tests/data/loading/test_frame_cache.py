@@ -272,7 +272,7 @@ def test_windows_share_an_entry_and_crops_are_not_cached(tmp_path: Path, video: 
 
 
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="data.cache=raw is not for a image"):
+    with pytest.raises(ConfigError, match="data.cache=raw is not for images"):
         DataConfig(cache="raw").for_kind("image")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be cached there"):

@@ -148,6 +148,13 @@ def test_what_shapes_a_slice_names_the_entry(tmp_path: Path, change: dict[str, o
     assert VolumeCache(settings(tmp_path, **change)).entry_of(path) != base
 
 
+def test_every_module_that_makes_slices_counts() -> None:
+    data = Path(module.__file__).resolve().parents[1]
+    assert all(list(data.glob(pattern)) for pattern in module._CODE)
+    hashed = {path for pattern in module._CODE for path in data.glob(pattern)}
+    assert hashed >= {data / "readers/volume/nifti.py", data / "readers/volume/dicom_geometry.py"}
+
+
 def test_what_does_not_shape_a_slice_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.nii.gz")
     base = VolumeCache(settings(tmp_path)).entry_of(path)
@@ -231,9 +238,9 @@ def test_jpeg_images_and_what_is_in_memory_are_refused(tmp_path: Path) -> None:
     data = settings(tmp_path, dataset="adrenalmnist3d")
     with pytest.raises(ConfigError, match="held in memory"):
         ClipDataset(open_corpus(data), data=data)
-    with pytest.raises(ConfigError, match="jpeg is not for a volume"):
+    with pytest.raises(ConfigError, match="jpeg is not for volumes"):
         DataConfig(cache="jpeg").for_kind("volume")
-    with pytest.raises(ConfigError, match="raw is not for a image"):
+    with pytest.raises(ConfigError, match="raw is not for images"):
         DataConfig(cache="raw").for_kind("image")
 
 

@@ -120,7 +120,7 @@ def test_kinds_of_folders(place: Path, tmp_path: Path) -> None:
 
 
 def test_series_are_for_volumes() -> None:
-    with pytest.raises(ConfigError, match="data.series is for DICOM volumes, not for a video"):
+    with pytest.raises(ConfigError, match="data.series is for volumes, not for videos"):
         DataConfig(series="3").for_kind("video")
     assert DataConfig.model_validate({"series": 3}).series == "3"
 
